@@ -1,0 +1,111 @@
+"""The flow actor of FPO: a small flow-matching policy π_θ(x | s) over latent chunks x.
+
+Implements: the velocity field v_θ(x, u | s), sampling (Algorithm 1, line 7), Eq. 7 (multi-step latent exploration)
+and the per-sample conditional flow-matching (CFM) loss ℓ_cfm(x | s; θ) behind Eq. 2. Needs torch only.
+
+    actor = FlowActor(state_dim=21, latent_dim=24)
+    s = torch.randn(8, 21)
+    x = actor.sample(s, flow_steps=8)                          # (8, 24), N(0, I) before any training
+    u, eps = draw_flow_noise(8, 16, 24)                        # draw once, keep with the sample
+    print(actor.cfm_loss(x, s, u, eps).shape)                  # (8,)
+
+Flow time u runs from noise (0) to data (1): x_u = (1 - u) ε + u x, with target velocity x - ε.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+
+def draw_flow_noise(batch, num_draws, latent_dim, generator=None, device=None):
+    """Random draws for the CFM loss: u (batch, N) in [0, 1], one in each of N equal strata, and ε (batch, N, D).
+
+    D3: ℓ_cfm is an expectation over u and ε. Eq. 2 subtracts two losses of the *same* sample, so both must use the
+    same draws, or their noise drowns the difference. Draw them at rollout, store them, reuse them in every epoch.
+    """
+    offset = torch.rand(batch, num_draws, generator=generator, device=device)
+    u = (torch.arange(num_draws, device=device) + offset) / num_draws
+    eps = torch.randn(batch, num_draws, latent_dim, generator=generator, device=device)
+    return u, eps
+
+
+def gaussian_velocity(u):
+    """Factor c(u) of the flow-matching optimum v*(x, u) = c(u) x for data x ~ N(0, I) (D7).
+
+    c(u) = (2u - 1) / ((1 - u)² + u²); its CFM loss is π/2 a dimension, the least that any field can have.
+    """
+    return (2 * u - 1) / ((1 - u) ** 2 + u**2)
+
+
+class FlowActor(nn.Module):
+    """Velocity field v_θ(x, u | s) = c(u) x + net(x, u, s), net zero at the start (D7).
+
+    So the untrained actor samples exactly N(0, I), which leaves the frozen base at its prior performance, and its
+    CFM loss is already optimal for that. Shapes: x (B, D), u (B,), s (B, S).
+    """
+
+    def __init__(self, state_dim, latent_dim, hidden=256, blocks=2):
+        super().__init__()
+        self.state_dim, self.latent_dim = state_dim, latent_dim
+        self.register_buffer("frequency", math.pi * 2.0 ** torch.arange(6), persistent=False)
+        self.inp = nn.Linear(latent_dim + state_dim + 2 * len(self.frequency), hidden)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
+            for _ in range(blocks)
+        )
+        self.out = nn.Linear(hidden, latent_dim)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def net(self, x, u, s):
+        """The learned part of the velocity. x: (B, D), u: (B,), s: (B, S) -> (B, D)."""
+        phase = u[:, None] * self.frequency
+        h = self.inp(torch.cat([x, s, phase.sin(), phase.cos()], -1))
+        for block in self.blocks:
+            h = h + block(h)
+        return self.out(nn.functional.silu(h))
+
+    def velocity(self, x, u, s):
+        """v_θ(x, u | s). x: (B, D), u: (B,), s: (B, S) -> (B, D)."""
+        return gaussian_velocity(u)[:, None] * x + self.net(x, u, s)
+
+    @torch.no_grad()
+    def sample(self, s, flow_steps, generator=None):
+        """Sample latent chunks x ~ π_θ(· | s). s: (B, S) -> x: (B, D). Algorithm 1, lines 7 and 18.
+
+        D7: the linear part c(u) x is integrated in closed form, x ← g(u') / g(u) x with g(u) = √((1-u)² + u²), the
+        net by Euler steps. With net = 0 the product telescopes to g(1) / g(0) = 1: exactly the noise we started from.
+        """
+        x = torch.randn(len(s), self.latent_dim, generator=generator, device=s.device)
+        h = 1 / flow_steps
+        for k in range(flow_steps):
+            u, u_next = k * h, (k + 1) * h
+            scale = math.hypot(1 - u_next, u_next) / math.hypot(1 - u, u)
+            x = scale * x + h * self.net(x, torch.full((len(s),), u, device=s.device), s)
+        return x
+
+    @torch.no_grad()
+    def explore(self, x, s, explore_steps, explore_eta, grid="midpoint"):
+        """Eq. 7: x^(k+1) = x^(k) + η v_θ(x^(k), τ^(k) | s) for k < K. x: (B, D), s: (B, S) -> x^(K): (B, D).
+
+        D6: x^(0) is a finished sample, so this transports it along the actor's own field; nothing random is added.
+        The paper leaves the grid open. "midpoint", τ = (k + ½)/K, keeps the norm of N(0, I); "end", τ = (k + 1)/K,
+        inflates it, by (1 + η) for the step at τ = 1.
+        """
+        for k in range(explore_steps):
+            tau = (k + 0.5) / explore_steps if grid == "midpoint" else (k + 1) / explore_steps
+            x = x + explore_eta * self.velocity(x, torch.full((len(x),), tau, device=x.device), s)
+        return x
+
+    def cfm_loss(self, x, s, u, eps):
+        """ℓ_cfm(x | s; θ) of Eq. 2 from given draws: mean over N draws and D dimensions of |v_θ(x_u, u | s) - (x - ε)|².
+
+        x: (B, D), s: (B, S), u: (B, N), eps: (B, N, D) -> (B,), differentiable in θ.
+        """
+        B, N, D = eps.shape
+        x = x[:, None].expand(B, N, D)
+        x_u = (1 - u[..., None]) * eps + u[..., None] * x  # (B, N, D)
+        s = s[:, None].expand(B, N, -1)
+        v = self.velocity(x_u.reshape(B * N, D), u.reshape(B * N), s.reshape(B * N, -1))
+        return (v.view(B, N, D) - (x - eps)).square().mean((1, 2))

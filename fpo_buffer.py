@@ -1,0 +1,46 @@
+"""The sliding-window trajectory buffer of FPO (Algorithm 1, lines 10-11; Sec. III-B d).
+
+Keeps the last W iterations whole, because GAE needs trajectories and Eq. 2 needs, with every latent, the CFM loss it
+had under the actor that collected it, and the random draws of that loss (D3, D10). Needs torch only.
+
+    buffer = TrajectoryBuffer(window=2)
+    for iteration in range(3):
+        buffer.push(dict(s=torch.randn(10, 4, 21), x=torch.randn(10, 4, 24), r=torch.zeros(10, 4)))  # (T, E, …)
+    print(len(buffer), buffer.flat("s").shape, buffer.age().unique())       # 2, (80, 21), ages 0 and 1
+"""
+
+import torch
+
+
+class TrajectoryBuffer:
+    """Whole iterations of rollout, newest last. Each is a dict of tensors (T, E, …): T decisions in E environments.
+
+    train scripts store: s, s_next (T, E, S) states; x0, x (T, E, D) the sampled latent x^(0) and the executed x^(K);
+    r, discount, terminated, ended (T, E); cfm_init (T, E) with its draws u (T, E, N) and eps (T, E, N, D).
+    """
+
+    def __init__(self, window):
+        if window < 1:
+            raise ValueError(f"window is {window}; it must hold at least one iteration")
+        self.window = window
+        self.iterations = []
+
+    def push(self, iteration):
+        """Append one iteration and evict those older than the window. Raises ValueError if leading shapes differ."""
+        shapes = {tuple(tensor.shape[:2]) for tensor in iteration.values()}
+        if len(shapes) != 1:
+            raise ValueError(f"all tensors of an iteration must share (T, E); got {sorted(shapes)}")
+        self.iterations = [*self.iterations, iteration][-self.window :]
+
+    def flat(self, name):
+        """All samples of one field, oldest iteration first. -> (n, …)."""
+        return torch.cat([iteration[name].flatten(0, 1) for iteration in self.iterations])
+
+    def age(self):
+        """How many iterations ago each sample was collected, 0 for the newest. -> (n,), in the order of `flat`."""
+        sizes = [iteration["r"].numel() for iteration in self.iterations]
+        ages = torch.arange(len(sizes) - 1, -1, -1)
+        return ages.repeat_interleave(torch.tensor(sizes))
+
+    def __len__(self):
+        return len(self.iterations)

@@ -1,0 +1,121 @@
+"""The critics of FPO: an ensemble Q_φi(s, x), i = 1 … M, and what the algorithm derives from it.
+
+Implements: Eq. 5 (TD target with the minimum over the target critics), Eq. 6 (squared TD error), the Polyak update,
+the conservative value baseline V(s) and generalized advantage estimation (GAE). Needs torch only.
+
+    critic, target = QEnsemble(21, 24, num_critics=5), QEnsemble(21, 24, num_critics=5)
+    target.load_state_dict(critic.state_dict())
+    s, x = torch.randn(8, 21), torch.randn(8, 24)
+    y = td_target(target, r=torch.ones(8), discount=torch.full((8,), 0.96), terminated=torch.zeros(8), s_next=s, x_next=x)
+    critic_loss(critic, s, x, y).backward()
+    polyak_update(target, critic, tau=0.05)
+
+One transition is one decision: a latent chunk that ran h' environment steps. Its reward is Σ_{j<h'} γ^j r_{t+j}, its
+bootstrap factor `discount` = γ^h' (D8). A success terminates; a time limit only truncates (D9).
+"""
+
+import torch
+from torch import nn
+
+
+class EnsembleLinear(nn.Module):
+    """M independent linear layers as one batched product: (M, B, in) -> (M, B, out)."""
+
+    def __init__(self, num_critics, n_in, n_out):
+        super().__init__()
+        bound = n_in**-0.5  # torch.nn.Linear's own initialisation
+        self.weight = nn.Parameter(torch.empty(num_critics, n_in, n_out).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(num_critics, 1, n_out).uniform_(-bound, bound))
+
+    def forward(self, h):
+        return torch.baddbmm(self.bias, h, self.weight)
+
+
+class EnsembleLayerNorm(nn.Module):
+    """M independent layer norms: (M, B, n) -> (M, B, n)."""
+
+    def __init__(self, num_critics, n):
+        super().__init__()
+        self.n = n
+        self.weight = nn.Parameter(torch.ones(num_critics, 1, n))
+        self.bias = nn.Parameter(torch.zeros(num_critics, 1, n))
+
+    def forward(self, h):
+        return torch.addcmul(self.bias, nn.functional.layer_norm(h, (self.n,)), self.weight)
+
+
+class QEnsemble(nn.Module):
+    """Q_φi(s, x) for i = 1 … M in one batched computation. s: (B, S), x: (B, D) -> (M, B).
+
+    LayerNorm keeps TD learning stable at high learning rates; a zero output layer starts every Q at 0 (D11).
+    """
+
+    def __init__(self, state_dim, latent_dim, num_critics, hidden=256):
+        super().__init__()
+        self.num_critics = num_critics
+        self.layers = nn.Sequential(
+            EnsembleLinear(num_critics, state_dim + latent_dim, hidden),
+            EnsembleLayerNorm(num_critics, hidden),
+            nn.SiLU(),
+            EnsembleLinear(num_critics, hidden, hidden),
+            EnsembleLayerNorm(num_critics, hidden),
+            nn.SiLU(),
+            EnsembleLinear(num_critics, hidden, 1),
+        )
+        nn.init.zeros_(self.layers[-1].weight)
+        nn.init.zeros_(self.layers[-1].bias)
+
+    def forward(self, s, x):
+        h = torch.cat([s, x], -1)
+        return self.layers(h.expand(self.num_critics, *h.shape)).squeeze(-1)
+
+
+@torch.no_grad()
+def td_target(target, r, discount, terminated, s_next, x_next):
+    """Eq. 5: y = r + γ^h' (1 - terminated) min_i Q_φ̄i(s', x'), x' ~ π_θ(· | s'). All (B,) but s_next (B, S), x_next (B, D)."""
+    return r + discount * (1 - terminated) * target(s_next, x_next).min(0).values
+
+
+def critic_loss(critic, s, x, y):
+    """Eq. 6: (Q_φi(s, x) - y)², averaged over the batch and summed over the M members. s: (B, S), x: (B, D), y: (B,)."""
+    return (critic(s, x) - y).square().mean(1).sum()
+
+
+@torch.no_grad()
+def polyak_update(target, critic, tau):
+    """φ̄ ← (1 - τ) φ̄ + τ φ, once a gradient step (Algorithm 1, line 21)."""
+    torch._foreach_lerp_(list(target.parameters()), list(critic.parameters()), tau)
+
+
+@torch.no_grad()
+def fresh_value(critic, s, x_fresh):
+    """V(s) = mean_j min_i Q_φi(s, x̃_j) over J fresh latents x̃_j ~ π_θ(· | s). s: (B, S), x_fresh: (B, J, D) -> (B,).
+
+    D5: with the stored latent V(s) would equal Q(s, x), and at Q = Q^π no advantage would be left.
+    """
+    B, J, D = x_fresh.shape
+    s = s[:, None].expand(B, J, -1).reshape(B * J, -1)
+    return critic(s, x_fresh.reshape(B * J, D)).min(0).values.view(B, J).mean(1)
+
+
+@torch.no_grad()
+def stored_value(critic, s, x):
+    """V(s) = min_i Q_φi(s, x) with the latent that was executed: the paper's "reuse stored latents" to the letter (D5)."""
+    return critic(s, x).min(0).values
+
+
+def gae(r, v, v_next, discount, terminated, ended, gae_lambda):
+    """Generalized advantage estimation over decisions (Algorithm 1, line 26). All (T, E): T decisions, E environments.
+
+        δ_t = r_t + γ^h' (1 - terminated_t) V(s_{t+1}) - V(s_t),   Â_t = δ_t + γ^h' λ (1 - ended_t) Â_{t+1}
+
+    v_next is the value of the state really reached, before any reset. terminated: no bootstrap. ended = terminated or
+    truncated: the sum stops, for the next row belongs to another episode (D9).
+    """
+    delta = r + discount * (1 - terminated) * v_next - v
+    adv = torch.zeros_like(delta)
+    tail = torch.zeros_like(delta[0])
+    for t in reversed(range(len(delta))):
+        tail = delta[t] + discount[t] * gae_lambda * (1 - ended[t]) * tail
+        adv[t] = tail
+    return adv

