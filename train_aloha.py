@@ -148,7 +148,7 @@ if __name__ == "__main__":
     if args.video and not env_aloha.rendering_available():
         stop("--video needs OpenGL, and EGL was not found; install it (Debian: apt-get install libegl1 libgl1) or leave the flag out")
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    torch.set_num_threads(int(os.environ.get("FPO_THREADS", min(os.cpu_count() or 1, 4))))  # the update may use the cores while the workers wait
+    torch.set_num_threads(min(os.cpu_count() or 1, 4))  # the update may use the cores while the workers wait
 
     # ---- frozen base π_0, actor π_θ, critics Q_φ, targets Q_φ̄, buffer B (Algorithm 1, line 1) ----
     try:
@@ -208,7 +208,7 @@ if __name__ == "__main__":
     workers = Workers(args.num_workers)
 
     @torch.no_grad()
-    def evaluate(policy, num_episodes, record=False):
+    def evaluate(policy, num_episodes, record=False, log=True):
         """Play whole episodes of `policy` ("base", "zero latents" or "tuned") on the evaluation states. No exploration."""
         poses = sample_box_poses(np.random.default_rng(EVAL_ENTROPY), num_episodes)
         noise = torch.Generator(device).manual_seed(0)  # the same at every evaluation
@@ -237,11 +237,11 @@ if __name__ == "__main__":
                 if record:
                     qpos[i].append(c.qpos[1:])
             # D9: an episode plays its full length, but once it has held the cube nothing can change its result any more
-            alive = np.array([i for i in alive if not diverged[i] and (record or not strict_success(held[i]))], dtype=int)
+            alive = np.array([i for i in alive if not diverged[i] and not strict_success(held[i])], dtype=int)
             if not len(alive):
                 break
         strict = np.array([strict_success(h) for h in held])
-        for i in range(num_episodes):
+        for i in range(num_episodes if log else 0):
             episode_log.write(dict(policy=policy, env_steps=env_steps, episode=i, success=int(success[i]), strict=int(strict[i]),
                                    length=int(length[i]), diverged=int(diverged[i]), cube_x=poses[i, 0], cube_y=poses[i, 1]))  # fmt: skip
         return dict(policy=policy, env_steps=env_steps, success=success, strict=strict, length=length, qpos=qpos, x_log=x_log)
@@ -462,6 +462,18 @@ if __name__ == "__main__":
     if final[-1]["policy"] == "tuned":
         gain = 100 * (final[-1]["success"] / final[-1]["episodes"] - final[0]["success"] / final[0]["episodes"])
         print(f"gain over base {gain:+.1f} points")
-    if args.video and "tuned" in videos:
-        print("videos to do")
+    if args.video and "tuned" in videos:  # Fig. 4a, 6: base left, tuned right, from the same initial states
+        before, after = videos.get("base"), videos["tuned"]
+        if before is None:  # a resumed run has not played the base itself
+            before = evaluate("base", args.eval_episodes, record=True, log=False)
+        kinds = {"fixed": ~before["success"] & after["success"], "kept": before["success"] & after["success"], "failed": ~after["success"]}
+        for kind, members in kinds.items():
+            print(f"{kind:6} {members.sum():4} of {len(members)} episodes", end="")
+            for i in np.flatnonzero(members)[:1]:
+                frames = workers.render([np.concatenate(result["qpos"][i])[::4] for result in (before, after)])
+                n = max(map(len, frames))  # an episode that has succeeded waits on its last frame
+                frames = [np.concatenate([f, f[-1:].repeat(n - len(f), 0)]) for f in frames]
+                write_video(folder / f"{kind}_episode{i}.mp4", np.concatenate(frames, 2), env_aloha.FPS / 4)
+                print(f", base | tuned in {folder / f'{kind}_episode{i}.mp4'}", end="")
+            print()
     workers.close()

@@ -2,6 +2,10 @@
 
 import os
 import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
 import gym_aloha  # noqa: F401  registers the environments
 import gymnasium
@@ -9,7 +13,7 @@ import numpy as np
 import pytest
 
 from env_aloha import (
-    DT, HORIZON, START_ACTION, Simulator, TrainingEnvs, Workers, observe, sample_box_poses, strict_success,
+    HORIZON, START_ACTION, Simulator, TrainingEnvs, Workers, observe, sample_box_poses, strict_success,
 )  # fmt: skip
 
 
@@ -25,10 +29,12 @@ def workers():
 
 
 def demonstration(simulator, seed):
-    """A cube pose and the commands of one scripted transfer, with command noise."""
-    from tools.demo_aloha import demonstration_for_tests
+    """A cube pose and the commands of one scripted top-down transfer, with command noise."""
+    from demo_aloha import Demonstrator, smooth_noise
 
-    return demonstration_for_tests(simulator, seed)
+    rng = np.random.default_rng([9, seed])
+    pose = sample_box_poses(rng, 1)[0]
+    return pose, Demonstrator(simulator).plan(1, pose, 0.002, 0.032, rng) + smooth_noise(rng, 0.01)
 
 
 def random_commands(seed, n=60):
@@ -65,3 +71,115 @@ def test_same_states_and_rewards_as_gym_on_random_commands(simulator, seed):
     chunk = simulator.run(simulator.reset(pose)[0], actions, record=True)
     np.testing.assert_allclose(chunk.qpos, qpos, rtol=0, atol=1e-12)
     np.testing.assert_array_equal(chunk.rewards, rewards)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_same_states_rewards_and_success_as_gym_on_demonstrations(simulator, seed):
+    pose, actions = demonstration(simulator, seed)
+    qpos, rewards, success = gym_rollout(pose, actions)
+    chunk = simulator.run(simulator.reset(pose)[0], actions, record=True)
+    np.testing.assert_allclose(chunk.qpos, qpos, rtol=0, atol=1e-12)
+    np.testing.assert_array_equal(chunk.rewards, rewards)
+    assert (chunk.rewards == 4).any() == success
+    assert len(set(rewards)) >= 3  # the cube was really grasped: the comparison saw several stages
+
+
+def test_some_demonstration_succeeds_officially_and_strictly(simulator):
+    chunks = [simulator.run(simulator.reset(p)[0], a) for p, a in (demonstration(simulator, k) for k in range(3))]
+    assert any((c.rewards == 4).any() and strict_success(c.held) for c in chunks)
+
+
+def test_observation_is_what_gym_reports(simulator):
+    pose = sample_box_poses(np.random.default_rng(3), 1)[0]
+    env = gymnasium.make("gym_aloha/AlohaTransferCube-v0", obs_type="pixels_agent_pos").unwrapped
+    env._env.physics.render = lambda **_: np.zeros((1, 1, 3), np.uint8)
+    env.reset()
+    from gym_aloha.tasks import sim
+
+    sim.BOX_POSE[0] = pose
+    env._env.reset()
+    for action in random_commands(3, 10):
+        observation, *_ = env.step(action)
+    chunk = simulator.run(simulator.reset(pose)[0], random_commands(3, 10))
+    np.testing.assert_allclose(chunk.observation[:14], observation["agent_pos"], atol=1e-12)
+    np.testing.assert_allclose(chunk.observation[14:], env._env.physics.data.qpos[16:], atol=1e-12)
+
+
+def test_a_state_is_all_there_is(simulator):
+    """An episode cut into chunks, with other episodes in between, equals the uncut one bit for bit."""
+    pose, actions = demonstration(simulator, 0)
+    whole = simulator.run(simulator.reset(pose)[0], actions, record=True)
+    state, pieces = simulator.reset(pose)[0], []
+    for k in range(0, HORIZON, 40):
+        chunk = simulator.run(state, actions[k : k + 40], record=True)
+        state = chunk.state
+        pieces.append(chunk.qpos[1:])
+        simulator.run(simulator.reset(pose + np.array([0.01, 0, 0, 0, 0, 0, 0]))[0], random_commands(k, 20))
+    np.testing.assert_array_equal(np.concatenate(pieces), whole.qpos[1:])
+
+
+def test_same_trajectories_whatever_the_number_of_workers(workers):
+    def trajectory(pool):
+        envs = TrainingEnvs(pool, 5, seed=4)
+        rng = np.random.default_rng(0)
+        for _ in range(3):
+            envs.step(START_ACTION + rng.normal(0, 0.05, (5, 40, 14)))
+        return envs.states
+
+    with Workers(1) as one:
+        np.testing.assert_array_equal(trajectory(one), trajectory(workers))
+
+
+def test_training_evaluation_and_demonstration_states_are_disjoint(workers):
+    evaluation = sample_box_poses(np.random.default_rng([0, 0]), 500)
+    training = np.concatenate([sample_box_poses(np.random.default_rng([1, seed, i]), 50) for seed in range(6) for i in range(32)])
+    demonstrations = np.concatenate([sample_box_poses(np.random.default_rng([2, seed]), 800) for seed in range(3)])
+    everything = np.concatenate([evaluation, training, demonstrations])[:, :2]
+    assert len(np.unique(everything, axis=0)) == len(everything)
+
+
+def test_episode_ends(workers):
+    """Horizon truncates, the cube moves to a new place, and the last observation is from before the reset."""
+    envs = TrainingEnvs(workers, 2, seed=0)
+    first = envs.observations[:, 14:16].copy()
+    for k in range(HORIZON // 40):
+        step = envs.step(np.tile(START_ACTION, (2, 40, 1)))
+        assert step["truncated"].all() == (k == HORIZON // 40 - 1)
+    np.testing.assert_allclose(step["last_observation"][:, 14:16], first, atol=1e-3)
+    assert (np.abs(envs.observations[:, 14:16] - first).max(1) > 1e-3).all()
+    assert (envs.steps == 0).all() and not step["success"].any() and not step["terminated"].any()
+
+
+def test_absurd_actions_fail_the_episode_and_not_the_run(workers):
+    envs = TrainingEnvs(workers, 3, seed=0)
+    actions = np.tile(START_ACTION, (3, 40, 1))
+    actions[1] = np.nan
+    actions[2, :, :6] = 1e12
+    step = envs.step(actions)
+    assert list(step["terminated"]) == [False, True, True] and not step["success"].any()
+    assert np.isfinite(step["last_observation"]).all() and np.isfinite(envs.states).all()
+
+
+def test_a_killed_worker_costs_nothing_that_can_be_done_again():
+    with Workers(2) as pool:
+        states, _ = pool.reset(sample_box_poses(np.random.default_rng(0), 4))
+        actions = np.tile(START_ACTION, (4, 40, 1))
+        expected = pool.run(states, actions)
+        os.kill(next(iter(pool.executor._processes)), signal.SIGKILL)
+        for before, after in zip(expected, pool.run(states, actions)):
+            np.testing.assert_array_equal(before.state, after.state)
+            assert not after.diverged
+
+
+def test_strict_success_needs_ten_steps_in_a_row():
+    assert not strict_success([True] * 9 + [False] + [True] * 9)
+    assert strict_success([False] + [True] * 10)
+
+
+def test_rendering_shows_the_cube_where_it_is(workers):
+    poses = np.array([[0.0, 0.5, 0.05, 1, 0, 0, 0], [0.2, 0.5, 0.05, 1, 0, 0, 0]])
+    states, _ = workers.reset(poses)
+    chunks = workers.run(states, np.tile(START_ACTION, (2, 2, 1)), record=True)
+    left, right = (f[-1].astype(int) for f in workers.render([c.qpos for c in chunks], camera="top", height=120, width=160))
+    red = lambda image: np.argwhere((image[..., 0] > 120) & (image[..., 1] < 60) & (image[..., 2] < 60)).mean(0)
+    assert abs(red(left)[1] - red(right)[1]) > 15  # 20 cm are many pixels
