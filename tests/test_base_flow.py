@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from base_flow import FlowBase
+from env_aloha import Simulator
 
 WEIGHTS = Path(__file__).parents[1] / "weights" / "aloha.safetensors"
 
@@ -53,11 +54,16 @@ def test_decode_against_a_plain_euler_loop_and_numpy_interpolation(base):
     np.testing.assert_allclose(base.decode(context, w).numpy(), expected, atol=1e-4)
 
 
-def test_latents_steer(base):
-    """Different noise in the same state gives clearly different chunks: there is something to learn."""
-    s, context = base.encode(base.state_mean[None].expand(64, -1))
-    actions = base.decode(context, torch.randn(64, 24))
-    assert actions.std(0).max() > 0.1  # rad
+def test_latents_choose_the_grasp(base):
+    """At an episode's start one and the same state leads to a level or a downward wrist, by the noise alone (D14)."""
+    observation = Simulator().reset(np.array([0.1, 0.5, 0.05, 1, 0, 0, 0]))[1]
+    s, context = base.encode(torch.tensor(observation, dtype=torch.float32).expand(256, -1))
+    actions = base.decode(context, torch.randn(256, 24, generator=torch.Generator().manual_seed(0)))
+    pitch = actions[:, -1, [8, 9, 11]].sum(1)  # shoulder, elbow and wrist angle of the right arm: the gripper's pitch
+    assert pitch.std() > 0.1  # rad
+    low, high = pitch.quantile(0.02), pitch.quantile(0.98)
+    between = ((pitch > low + 0.35 * (high - low)) & (pitch < low + 0.65 * (high - low))).float().mean()
+    assert between < 0.3  # two clusters, little between them
 
 
 def damage(path, kind):
