@@ -17,7 +17,6 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
-from statsmodels.stats.proportion import proportion_confint
 
 
 def stop(message, code=2):
@@ -62,6 +61,8 @@ def check_args(args):
 
 def wilson(successes, n):
     """Wilson 95 % interval of a success rate. -> (low, high)."""
+    from statsmodels.stats.proportion import proportion_confint  # loads pandas and scipy: seconds that --help can do without
+
     return proportion_confint(successes, n, method="wilson")
 
 

@@ -119,8 +119,8 @@ class Args:
     """the paper to the letter: σ floor 1e-8, no stabiliser, stored value latents"""
     base: Literal["embedded"] = "embedded"
     """the frozen base policy π_0: the small flow policy that ships in weights/"""
-    weights: str = str(Path(__file__).parent / "weights" / "aloha.safetensors")
-    """the embedded base's file"""
+    weights: str | None = None
+    """the embedded base's file; weights/aloha.safetensors beside this script if left out"""
     eval_every: int = 200_000
     """control steps between evaluations"""
     eval_episodes: int = 200
@@ -151,14 +151,15 @@ if __name__ == "__main__":
     torch.set_num_threads(min(os.cpu_count() or 1, 4))  # the update may use the cores while the workers wait
 
     # ---- frozen base π_0, actor π_θ, critics Q_φ, targets Q_φ̄, buffer B (Algorithm 1, line 1) ----
+    weights = args.weights or Path(__file__).parent / "weights" / "aloha.safetensors"
     try:
-        base = FlowBase.load(args.weights, device=device, task=TASK)
+        base = FlowBase.load(weights, device=device, task=TASK)
     except ValueError as error:
         stop(f"--weights: {error}")
-    weights_sha256 = hashlib.sha256(Path(args.weights).read_bytes()).hexdigest()
+    weights_sha256 = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
     D = args.latent_dim or base.latent_dim
     if D > base.latent_dim:
-        stop(f"--latent-dim is {D}, but the base in {args.weights} has {base.latent_dim} latent dimensions; give at most that")
+        stop(f"--latent-dim is {D}, but the base in {weights} has {base.latent_dim} latent dimensions; give at most that")
     sigma_floor = 2 * args.beta / D if args.sigma_floor is None else args.sigma_floor  # D2
     torch.manual_seed(args.seed)
     actor = FlowActor(base.state_dim, D).to(device)
@@ -175,7 +176,7 @@ if __name__ == "__main__":
         flag, path = ("--checkpoint", args.checkpoint) if args.eval_only else ("--resume", Path(args.resume) / "last.pt")
         saved = load_checkpoint(path, flag, TASK, device)
         if saved["latent_dim"] != D or saved["weights_sha256"] != weights_sha256:
-            stop(f"{flag}: {path} was trained on another base or latent dimension than --weights {args.weights}; name that base")
+            stop(f"{flag}: {path} was trained on another base or latent dimension than {weights}; name that base with --weights")
         actor.load_state_dict(saved["actor"])
 
     # ---- run folder ----
