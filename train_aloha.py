@@ -105,8 +105,8 @@ class Args:
     """least σ_Δ in Eq. 3; 2β/D if left out (D2)"""
     self_anchor: float = 1.0
     """κ, weight of the self-anchor; 0 is off (D4)"""
-    prior_anchor: float = 0.0
-    """κ_0, weight of the prior anchor; 0 is off (D4)"""
+    prior_anchor: float = 0.1
+    """κ_0, weight of the prior anchor; 0 is off, and then the run collapses (D4)"""
     drift_limit: float = 0.0
     """end the actor's epochs when |μ_Δ| or σ_Δ passes this; 0 is off (D4)"""
     loss_cap: float = 0.0
