@@ -210,6 +210,7 @@ def _start_worker():
         os._exit(1)
 
     threading.Thread(target=exit_with_parent, daemon=True).start()
+    mujoco.set_mju_user_warning(lambda text: None)  # `diverged` says it; MuJoCo would write MUJOCO_LOG.TXT where it stands
     _simulator = Simulator()
 
 
