@@ -1,6 +1,6 @@
 """Flow Policy Optimization (FPO) on ALOHA Transfer Cube: Algorithm 1 of arXiv 2510.09976, top to bottom.
 
-    python train_aloha.py --seed 1                                         # train; about a quarter of an hour on two cores
+    python train_aloha.py --seed 1                                         # train; a quarter of an hour or more on two cores
     python train_aloha.py --resume runs/<name>                             # go on after an interruption, bit for bit
     python train_aloha.py --eval-only --checkpoint runs/<name>/last.pt     # evaluate, with --video to look at it
 
