@@ -71,6 +71,8 @@ class Args:
     """samples of one gradient step"""
     actor_lr: float = 3e-4
     """learning rate of θ (Adam)"""
+    anneal_lr: bool = True
+    """let the actor's learning rate fall linearly to 0 over the run"""
     critic_lr: float = 1e-3
     """learning rate of φ (Adam)"""
     beta: float = 0.2
@@ -382,6 +384,8 @@ if __name__ == "__main__":
                 adv = adv[torch.randperm(n, generator=generator, device=device)]
 
             # lines 22-27: the actor
+            if args.anneal_lr:  # late steps would only move the latents about: the drift of D4
+                actor_optimizer.param_groups[0]["lr"] = args.actor_lr * max(0.0, 1 - steps_before / args.total_env_steps)
             u, eps, cfm_init = buffer.flat("u"), buffer.flat("eps"), buffer.flat("cfm_init")
             infos, drifted = [], iteration <= args.critic_warmup
             for epoch in range(args.actor_epochs):

@@ -25,7 +25,8 @@ def test_every_logged_metric_is_explained():
 def test_every_flag_and_file_named_exists():
     source = (ROOT / "train_aloha.py").read_text() + (ROOT / "tools" / "clone_base.py").read_text()
     for flag in set(re.findall(r"--([a-z]+(?:-[a-z]+)*)", README)):
-        assert re.search(rf"^    {flag.replace('-', '_')}: ", source, re.M) or flag == "help", flag
+        names = {flag.replace("-", "_"), flag.removeprefix("no-").replace("-", "_")}  # tyro: --no-x switches x off
+        assert flag == "help" or any(re.search(rf"^    {name}: ", source, re.M) for name in names), flag
     for path in set(re.findall(r"\]\((?!http)([\w/.]+?)(?:#L\d+)?\)", README)):
         assert (ROOT / path).exists(), path
 
