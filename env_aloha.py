@@ -301,6 +301,40 @@ class Workers:
         self.close()
 
 
+def play_episodes(workers, box_poses, act, record=False):
+    """Play one whole episode from every cube pose, for evaluation. box_poses: (n, 7).
+
+    act(observations (n, 21)) -> actions (n, T, 14) is asked for all n episodes at every decision, ended or not, so that the
+    random draws of one episode do not depend on how another goes. Returns a dict of arrays (n,): success (official), strict,
+    length (control steps to the first success, or HORIZON), diverged, decisions; and qpos, a list of (steps, 23) with record=True.
+    """
+    n = len(box_poses)
+    states, observations = workers.reset(box_poses)
+    success, diverged = np.zeros(n, bool), np.zeros(n, bool)
+    length, steps, decisions = np.full(n, HORIZON), np.zeros(n, int), np.zeros(n, int)
+    held, qpos = [[] for _ in range(n)], [[] for _ in range(n)]
+    alive = np.arange(n)
+    while len(alive):
+        actions = act(observations)
+        chunks = workers.run(states[alive], [actions[i, : HORIZON - steps[i]] for i in alive], record=record)
+        for i, chunk in zip(alive, chunks):
+            reached = np.flatnonzero(chunk.rewards == 4)
+            if len(reached) and not success[i]:
+                success[i], length[i] = True, steps[i] + reached[0] + 1
+            held[i].extend(chunk.held)
+            diverged[i] = chunk.diverged
+            states[i], observations[i] = chunk.state, chunk.observation
+            steps[i] += len(chunk.rewards)
+            decisions[i] += 1
+            if record:
+                qpos[i].append(chunk.qpos[1:])
+        # D9: an episode plays its full length; but once it has held the cube, nothing can change its result any more
+        alive = np.array([i for i in alive if steps[i] < HORIZON and not diverged[i] and not strict_success(held[i])], int)
+    strict = np.array([strict_success(h) for h in held])
+    qpos = [np.concatenate(q) for q in qpos] if record else None
+    return dict(success=success, strict=strict, length=length, diverged=diverged, decisions=decisions, qpos=qpos)
+
+
 class TrainingEnvs:
     """Environments that start a new episode where one ends, for the rollout phase of Algorithm 1.
 

@@ -16,6 +16,7 @@ import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 
 
@@ -178,12 +179,22 @@ class CsvLog:
         self.rows += 1
 
 
-def write_video(path, frames, fps):
-    """Write frames (T, H, W, 3) uint8 as an mp4."""
+def write_arrays(path, arrays):
+    """Write a dict of arrays as an .npz, in one piece."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    write_atomically(path, buffer.getvalue())
+
+
+def write_before_after(path, workers, qpos, fps, every=4):
+    """Write an mp4 of two recorded episodes side by side (Fig. 4a, 6). qpos: two arrays (steps, nq), fps: control steps a second."""
     import imageio.v2 as imageio
 
+    films = workers.render([q[::every] for q in qpos])
+    n = max(map(len, films))  # an episode that is over waits on its last frame
+    films = [np.concatenate([film, film[-1:].repeat(n - len(film), 0)]) for film in films]
     partial = Path(path).with_suffix(".partial.mp4")
-    with imageio.get_writer(partial, fps=fps, macro_block_size=8) as writer:
-        for frame in frames:
+    with imageio.get_writer(partial, fps=fps / every, macro_block_size=8) as writer:
+        for frame in np.concatenate(films, 2):
             writer.append_data(frame)
     os.replace(partial, path)

@@ -30,14 +30,14 @@ from tqdm import tqdm
 
 import env_aloha
 from base_flow import FlowBase
-from env_aloha import HORIZON, TrainingEnvs, Workers, sample_box_poses, strict_success
+from env_aloha import HORIZON, TrainingEnvs, Workers, play_episodes, sample_box_poses
 from fpo_actor import FlowActor, draw_flow_noise
 from fpo_buffer import TrajectoryBuffer
 from fpo_critic import QEnsemble, critic_loss, fresh_value, gae, polyak_update, stored_value, td_target
 from fpo_loss import fpo_loss
 from run_files import (
     CsvLog, check_args, load_checkpoint, new_run_folder, rate, resumed_args, save_checkpoint, stop, wilson, write_args,
-    write_atomically, write_video,
+    write_arrays, write_before_after,
 )  # fmt: skip
 
 TASK = "aloha"
@@ -180,6 +180,7 @@ if __name__ == "__main__":
         if saved["latent_dim"] != D or saved["weights_sha256"] != weights_sha256:
             stop(f"{flag}: {path} was trained on another base or latent dimension than {weights}; name that base with --weights")
         actor.load_state_dict(saved["actor"])
+        env_steps = saved["env_steps"]
 
     # ---- run folder ----
     run_name = args.run_name or f"{TASK}__seed{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
@@ -215,51 +216,36 @@ if __name__ == "__main__":
         """Play whole episodes of `policy` ("base", "zero latents" or "tuned") on the evaluation states. No exploration."""
         poses = sample_box_poses(np.random.default_rng(EVAL_ENTROPY), num_episodes)
         noise = torch.Generator(device).manual_seed(0)  # the same at every evaluation
-        states, observations = workers.reset(poses)
-        alive = np.arange(num_episodes)  # episodes that can still change the result
-        length, success, diverged = np.full(num_episodes, HORIZON), np.zeros(num_episodes, bool), np.zeros(num_episodes, bool)
-        held, qpos, x_log = [[] for _ in poses], [[] for _ in poses], []
-        for chunk in tqdm(range(HORIZON // base.chunk_steps), f"evaluate {policy}", leave=False, mininterval=mininterval):
+        drawn = []
+        progress = tqdm(desc=f"evaluate {policy}", total=HORIZON // base.chunk_steps, leave=False, mininterval=mininterval)
+
+        def act(observations):
+            progress.update()
             s, context = base.encode(torch.as_tensor(observations, dtype=torch.float32, device=device))
             if policy == "zero latents":
-                w = torch.zeros(num_episodes, base.latent_dim, device=device)
-            else:  # the base itself is steered by N(0, I), which is what the untrained actor gives exactly (D7)
-                x = actor.sample(s, args.flow_steps, noise) if policy == "tuned" else torch.randn(num_episodes, D, generator=noise, device=device)
-                w = base.to_noise(x, noise)
-                x_K = actor.explore(x, s, args.explore_steps, args.explore_eta, args.explore_grid)
-                x_log.append((x.cpu().numpy(), x_K.cpu().numpy(), alive.copy()))
-            actions = base.decode(context, w).cpu().numpy()
-            for i, c in zip(alive, workers.run(states[alive], actions[alive], record=record)):
-                reached = np.flatnonzero(c.rewards == 4)
-                if len(reached) and not success[i]:
-                    length[i] = chunk * base.chunk_steps + reached[0] + 1
-                success[i] |= len(reached) > 0
-                held[i].extend(c.held)
-                diverged[i] = c.diverged
-                states[i], observations[i] = c.state, c.observation
-                if record:
-                    qpos[i].append(c.qpos[1:])
-            # D9: an episode plays its full length, but once it has held the cube nothing can change its result any more
-            alive = np.array([i for i in alive if not diverged[i] and not strict_success(held[i])], dtype=int)
-            if not len(alive):
-                break
-        strict = np.array([strict_success(h) for h in held])
+                return base.decode(context, torch.zeros(num_episodes, base.latent_dim, device=device)).cpu().numpy()
+            if policy == "tuned":
+                x = actor.sample(s, args.flow_steps, noise)
+            else:  # the base itself takes N(0, I), which is what the untrained actor gives exactly (D7)
+                x = torch.randn(num_episodes, D, generator=noise, device=device)
+            drawn.append((x.cpu(), actor.explore(x, s, args.explore_steps, args.explore_eta, args.explore_grid).cpu()))
+            return base.decode(context, base.to_noise(x, noise)).cpu().numpy()
+
+        result = dict(play_episodes(workers, poses, act, record), policy=policy, env_steps=env_steps * (policy == "tuned"), drawn=drawn)
+        progress.close()
         for i in range(num_episodes if log else 0):
-            episode_log.write(dict(policy=policy, env_steps=env_steps, episode=i, success=int(success[i]), strict=int(strict[i]),
-                                   length=int(length[i]), diverged=int(diverged[i]), cube_x=poses[i, 0], cube_y=poses[i, 1]))  # fmt: skip
-        return dict(policy=policy, env_steps=env_steps, success=success, strict=strict, length=length, qpos=qpos, x_log=x_log)
+            episode_log.write(dict(policy=policy, env_steps=result["env_steps"], episode=i, cube_x=poses[i, 0], cube_y=poses[i, 1],
+                                   **{key: int(result[key][i]) for key in ("success", "strict", "length", "diverged")}))  # fmt: skip
+        return result
 
     def log_latents(result, episodes=50):
         """Add the latents of the first episodes of an evaluation to latents.npz."""
-        for chunk, (x0, x_K, alive) in enumerate(result["x_log"]):
-            i = alive[alive < episodes]
-            columns = (x0[i], x_K[i], np.full(len(i), result["env_steps"]), i, np.full(len(i), chunk), result["success"][i])
+        for chunk, (x_0, x_K) in enumerate(result["drawn"]):
+            i = np.flatnonzero(result["decisions"][:episodes] > chunk)
+            columns = (x_0[i], x_K[i], np.full(len(i), result["env_steps"]), i, np.full(len(i), chunk), result["success"][i])
             for key, column in zip(latents, columns):
-                latents[key].append(column)
-        path = folder / "latents.npz"
-        with open(f"{path}.partial", "wb") as file:
-            np.savez_compressed(file, **{key: np.concatenate(parts) for key, parts in latents.items()})
-        os.replace(f"{path}.partial", path)
+                latents[key].append(np.asarray(column))
+        write_arrays(folder / "latents.npz", {key: np.concatenate(parts) for key, parts in latents.items()})
 
     def save(name):
         """Everything that decides how the run goes on."""
@@ -305,7 +291,7 @@ if __name__ == "__main__":
                 generator.set_state(saved["generator"].cpu())
                 envs.load_state_dict({k: v.cpu().numpy() if torch.is_tensor(v) else v for k, v in saved["envs"].items()})
                 recent.extend(saved["recent"])
-                iteration, env_steps, seconds, evaluations = (saved[k] for k in ("iteration", "env_steps", "seconds", "evaluations"))
+                iteration, seconds, evaluations = (saved[k] for k in ("iteration", "seconds", "evaluations"))
             else:
                 save("last.pt")
             bar = tqdm(total=args.total_env_steps, initial=env_steps, unit="step", unit_scale=True, mininterval=mininterval, smoothing=0.1)
@@ -475,10 +461,7 @@ if __name__ == "__main__":
         for kind, members in kinds.items():
             print(f"{kind:6} {members.sum():4} of {len(members)} episodes", end="")
             for i in np.flatnonzero(members)[:1]:
-                frames = workers.render([np.concatenate(result["qpos"][i])[::4] for result in (before, after)])
-                n = max(map(len, frames))  # an episode that has succeeded waits on its last frame
-                frames = [np.concatenate([f, f[-1:].repeat(n - len(f), 0)]) for f in frames]
-                write_video(folder / f"{kind}_episode{i}.mp4", np.concatenate(frames, 2), env_aloha.FPS / 4)
+                write_before_after(folder / f"{kind}_episode{i}.mp4", workers, [before["qpos"][i], after["qpos"][i]], env_aloha.FPS)
                 print(f", base | tuned in {folder / f'{kind}_episode{i}.mp4'}", end="")
             print()
     workers.close()
