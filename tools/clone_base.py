@@ -27,7 +27,7 @@ from tqdm import trange
 
 import demo_aloha
 from base_flow import FlowBase
-from env_aloha import ACTION_DIM, HORIZON, OBSERVATION_DIM, Workers, sample_box_poses, strict_success
+from env_aloha import ACTION_DIM, HORIZON, OBSERVATION_DIM, Workers, play_episodes, sample_box_poses
 
 
 @dataclass
@@ -132,21 +132,15 @@ def measure(base, workers, episodes, latents):
     """Closed-loop success over the evaluation episodes. latents: "gaussian" or "zero" -> dict for the header."""
     poses = sample_box_poses(np.random.default_rng([0, 0]), episodes)  # 0: evaluation; never training or demonstrations
     generator = torch.Generator().manual_seed(0)
-    states, observations = workers.reset(poses)
-    success = np.zeros(episodes, dtype=bool)
-    held = [[] for _ in range(episodes)]
-    for start in range(0, HORIZON, base.chunk_steps):
+
+    def act(observations):
         s, context = base.encode(torch.as_tensor(observations, dtype=torch.float32))
         x = torch.randn(episodes, base.latent_dim, generator=generator) * (latents == "gaussian")
-        actions = base.decode(context, base.to_noise(x)).numpy()[:, : HORIZON - start]
-        chunks = workers.run(states, actions)
-        states, observations = np.stack([c.state for c in chunks]), np.stack([c.observation for c in chunks])
-        for i, c in enumerate(chunks):
-            success[i] |= (c.rewards == 4).any()
-            held[i].extend(c.held)
-    strict = sum(strict_success(h) for h in held)
+        return base.decode(context, base.to_noise(x)).numpy()
+
+    result = play_episodes(workers, poses, act)
     figures = dict(episodes=episodes)
-    for name, count in (("official", int(success.sum())), ("strict", int(strict))):
+    for name, count in (("official", int(result["success"].sum())), ("strict", int(result["strict"].sum()))):
         print(f"{latents} latents, {episodes} episodes: {name} success {demo_aloha.interval(count, episodes)}")
         low, high = proportion_confint(count, episodes, method="wilson")
         figures[name] = round(count / episodes, 4)

@@ -1,0 +1,69 @@
+"""The demonstrator and behaviour cloning, on the real simulator, and their bad input."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from base_flow import FlowBase
+
+ROOT = Path(__file__).parents[1]
+
+
+def tool(name, cwd, *flags):
+    command = [sys.executable, str(ROOT / "tools" / f"{name}.py"), *map(str, flags)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def demonstrations(tmp_path_factory):
+    cwd = tmp_path_factory.mktemp("demos")
+    result = tool("demo_aloha", cwd, "--num-demos", 10, "--out", "demos.npz", "--seed", 5)
+    assert result.returncode == 0, result.stderr
+    return cwd, result.stdout
+
+
+def test_the_two_behaviours_differ(demonstrations):
+    """D14: top-down grasps pass the cube on, side grasps lose it, and the labels tell which is which."""
+    cwd, text = demonstrations
+    with np.load(cwd / "demos.npz", allow_pickle=False) as file:
+        mode, official, strict, actions = (file[key] for key in ("mode", "official", "strict", "actions"))
+    assert set(mode) == {0, 1} and actions.shape == (10, 400, 14)
+    assert official[mode == 1].mean() > 0.6 and official[mode == 0].mean() < 0.4
+    assert "top-down grasp" in text and "side grasp" in text and "[" in text
+    assert (strict <= official).all()
+
+
+def test_cloning_makes_a_base_that_loads(demonstrations):
+    cwd, _ = demonstrations
+    flags = ("--demos", "demos.npz", "--out", "base.safetensors", "--steps", 30, "--batch", 64, "--eval-episodes", 2, "--latent-dim", 6)
+    result = tool("clone_base", cwd, *flags)
+    assert result.returncode == 0, result.stderr
+    base = FlowBase.load(cwd / "base.safetensors", task="aloha")
+    assert base.latent_dim == 6 and base.header["success"]["gaussian"]["episodes"] == 2
+    s, context = base.encode(torch.zeros(3, 21))
+    assert base.decode(context, torch.randn(3, 6)).shape == (3, 40, 14)
+    assert "exists" in tool("clone_base", cwd, *flags).stderr  # never overwritten by accident
+
+
+@pytest.mark.parametrize("name, flags, words", [
+    ("demo_aloha", ["--num-demos", "0"], ["--num-demos is 0"]),
+    ("demo_aloha", ["--top-down-share", "1.5"], ["--top-down-share is 1.5"]),
+    ("demo_aloha", ["--share-limits", "0.9", "0.1"], ["--share-limits is 0.9 0.1"]),
+    ("demo_aloha", ["--noise", "-1"], ["--noise is -1"]),
+    ("demo_aloha", ["--video", "film.gif"], ["--video is film.gif", ".mp4"]),
+    ("clone_base", ["--steps", "-3"], ["--steps is -3"]),
+    ("clone_base", ["--latent-dim", "999"], ["--latent-dim is 999"]),
+    ("clone_base", ["--ema", "1.0"], ["--ema is 1.0"]),
+    ("clone_base", ["--demos", "junk.npz"], ["--demos", "junk.npz"]),
+])  # fmt: skip
+def test_bad_input(tmp_path, name, flags, words):
+    (tmp_path / "junk.npz").write_text("no demonstrations")
+    result = tool(name, tmp_path, *flags)
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    for word in words:
+        assert word in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["junk.npz"]
