@@ -222,12 +222,10 @@ if __name__ == "__main__":
         def act(observations):
             progress.update()
             s, context = base.encode(torch.as_tensor(observations, dtype=torch.float32, device=device))
-            if policy == "zero latents":
-                return base.decode(context, torch.zeros(num_episodes, base.latent_dim, device=device)).cpu().numpy()
             if policy == "tuned":
                 x = actor.sample(s, args.flow_steps, noise)
             else:  # the base itself takes N(0, I), which is what the untrained actor gives exactly (D7)
-                x = torch.randn(num_episodes, D, generator=noise, device=device)
+                x = torch.randn(num_episodes, D, generator=noise, device=device) * (policy == "base")
             drawn.append((x.cpu(), actor.explore(x, s, args.explore_steps, args.explore_eta, args.explore_grid).cpu()))
             return base.decode(context, base.to_noise(x, noise)).cpu().numpy()
 
