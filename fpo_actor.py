@@ -98,14 +98,17 @@ class FlowActor(nn.Module):
             x = x + explore_eta * self.velocity(x, torch.full((len(x),), tau, device=x.device), s)
         return x
 
-    def cfm_loss(self, x, s, u, eps):
+    def cfm_loss(self, x, s, u, eps, with_departure=False):
         """ℓ_cfm(x | s; θ) of Eq. 2 from given draws: mean over N draws and D dimensions of |v_θ(x_u, u | s) - (x - ε)|².
 
-        x: (B, D), s: (B, S), u: (B, N), eps: (B, N, D) -> (B,), differentiable in θ.
+        x: (B, D), s: (B, S), u: (B, N), eps: (B, N, D) -> (B,), differentiable in θ. with_departure=True returns also the
+        mean of |v_θ - v*|² at the same points, (B,): how far the actor's field has left that of N(0, I) (D4, D7).
         """
         B, N, D = eps.shape
         x = x[:, None].expand(B, N, D)
         x_u = (1 - u[..., None]) * eps + u[..., None] * x  # (B, N, D)
         s = s[:, None].expand(B, N, -1)
-        v = self.velocity(x_u.reshape(B * N, D), u.reshape(B * N), s.reshape(B * N, -1))
-        return (v.view(B, N, D) - (x - eps)).square().mean((1, 2))
+        net = self.net(x_u.reshape(B * N, D), u.reshape(B * N), s.reshape(B * N, -1)).view(B, N, D)
+        v = gaussian_velocity(u)[..., None] * x_u + net
+        loss = (v - (x - eps)).square().mean((1, 2))
+        return (loss, net.square().mean((1, 2))) if with_departure else loss

@@ -55,6 +55,9 @@ def fpo_loss(
     prior_anchor=0.0,
     cfm_prior=None,
     loss_cap=0.0,
+    advantage_limit=0.0,
+    velocity_anchor=0.0,
+    departure=None,
 ):
     """Eq. 4 with Eq. 2 and Eq. 3, plus the stabilisers of D4. Inputs (B,), returns the scalar loss and a dict of logs.
 
@@ -65,9 +68,16 @@ def fpo_loss(
         gradient, but it supplies the curvature that Eq. 3 throws away: z does not change under Δ → aΔ + b, hence the
         clip cannot see how far the actor has moved.
     prior_anchor κ_0: + κ_0 (β/σ) mean ℓ_cfm(x ~ N(0, I) | s; θ), given as `cfm_prior`: stay on the base's support.
+    velocity_anchor κ_v: + κ_v (β/σ) mean |v_θ - v*|², given as `departure`: stay close to the base's prior, measured where
+        the actor goes. Unlike κ_0 it does not ask for latents that have been found to fail.
+    advantage_limit: standardised advantages below -limit count as -limit. With limit = κ no sample's total weight
+        β/σ (m ρ A + κ) is negative: nothing is un-fitted, which is what inflates the latents once failures are rare and
+        their standardised advantages therefore large.
     loss_cap: no push on a sample with A < 0 whose loss already exceeds the cached one by this much.
     """
     adv = (adv - adv.mean()) / (adv.std(correction=0) + 1e-8)
+    if advantage_limit > 0:
+        adv = adv.clamp_min(-advantage_limit)
     delta = cfm_init - cfm  # Eq. 2: positive where the actor now fits the sample better
     rho, z, sigma = ratio_from_cfm(delta, beta, sigma_floor, ratio, age)  # Eq. 3
     clipped = rho.clamp(1 - clip_eps, 1 + clip_eps) if clip else rho
@@ -81,6 +91,8 @@ def fpo_loss(
         loss = loss + self_anchor * (slope * (cfm if cfm_anchor is None else cfm_anchor)).mean()
     if prior_anchor > 0:
         loss = loss + prior_anchor * (slope * cfm_prior).mean()
+    if velocity_anchor > 0:
+        loss = loss + velocity_anchor * (slope * departure).mean()
     with torch.no_grad():
         outside = ((adv > 0) & (rho > 1 + clip_eps)) | ((adv < 0) & (rho < 1 - clip_eps))
         info = dict(

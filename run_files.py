@@ -40,7 +40,7 @@ def check_args(args):
     for name in ("total_env_steps", "num_envs", "num_workers", "rollout_decisions", "window", "critic_epochs", "actor_epochs",
                  "minibatch_size", "flow_steps", "num_draws", "num_critics", "eval_every", "eval_episodes"):  # fmt: skip
         require(getattr(args, name) > 0, name, "it must be at least 1")
-    for name in ("seed", "critic_warmup", "explore_steps", "self_anchor", "prior_anchor", "drift_limit", "loss_cap", "explore_eta"):
+    for name in ("seed", "critic_warmup", "explore_steps", "self_anchor", "prior_anchor", "drift_limit", "loss_cap", "advantage_limit", "velocity_anchor", "explore_eta"):
         require(getattr(args, name) >= 0, name, "it must not be negative")
     for name in ("actor_lr", "critic_lr", "beta"):
         require(getattr(args, name) > 0, name, "it must be positive")

@@ -107,12 +107,16 @@ class Args:
     """least σ_Δ in Eq. 3; 2β/D if left out (D2)"""
     self_anchor: float = 1.0
     """κ, weight of the self-anchor; 0 is off (D4)"""
-    prior_anchor: float = 0.1
-    """κ_0, weight of the prior anchor; 0 is off, and then the run collapses (D4)"""
+    prior_anchor: float = 0.0
+    """κ_0, weight of the prior anchor on x ~ N(0, I); 0 is off (D4)"""
+    velocity_anchor: float = 0.1
+    """κ_v, weight of |v_θ - v*|², which keeps the actor's field near that of N(0, I); 0 is off (D4)"""
     drift_limit: float = 0.0
     """end the actor's epochs when |μ_Δ| or σ_Δ passes this; 0 is off (D4)"""
     loss_cap: float = 0.0
     """no push on A < 0 where ℓ exceeds the cached one by this; 0 is off (D4)"""
+    advantage_limit: float = 0.0
+    """standardised advantages below minus this count as minus this; 0 is off (D4)"""
     latent_dim: int | None = None
     """D, components of the base's noise that the actor steers, the first ones; all if left out (D12)"""
     shuffle_advantages: bool = False
@@ -146,6 +150,7 @@ if __name__ == "__main__":
     if args.literal:
         args.sigma_floor, args.value_latents = 1e-8, "stored"
         args.self_anchor = args.prior_anchor = args.drift_limit = args.loss_cap = 0.0
+        args.velocity_anchor = args.advantage_limit = 0.0
     check_args(args)
     if args.video and not env_aloha.rendering_available():
         stop("--video needs OpenGL, and EGL was not found; install it (Debian: apt-get install libegl1 libgl1) or leave the flag out")
@@ -376,7 +381,7 @@ if __name__ == "__main__":
                 for i in torch.randperm(n, generator=generator, device=device).split(args.minibatch_size):
                     if drifted or len(i) < 2:
                         break
-                    cfm = actor.cfm_loss(x[i], s[i], u[i], eps[i])  # line 23, ℓ_cfm(x | s; θ)
+                    cfm, departure = actor.cfm_loss(x[i], s[i], u[i], eps[i], with_departure=True)  # line 23, ℓ_cfm(x | s; θ)
                     apart = args.self_anchor > 0 and args.explore_steps > 0  # D6: the anchor is on x^(0), not on x^(K)
                     cfm_anchor = actor.cfm_loss(x0[i], s[i], u[i], eps[i]) if apart else None
                     cfm_prior = None
@@ -385,7 +390,8 @@ if __name__ == "__main__":
                         cfm_prior = actor.cfm_loss(x_prior, s[i], u[i], eps[i])
                     loss_actor, info = fpo_loss(  # lines 23-27: Eq. 2, 3, 4
                         cfm, cfm_init[i], adv[i], args.beta, args.clip_eps, sigma_floor, args.ratio, age[i], not args.no_clip,
-                        args.self_anchor, cfm_anchor, args.prior_anchor, cfm_prior, args.loss_cap,
+                        args.self_anchor, cfm_anchor, args.prior_anchor, cfm_prior, args.loss_cap, args.advantage_limit,
+                        args.velocity_anchor, departure,
                     )  # fmt: skip
                     infos.append(dict(info, actor=loss_actor.detach()))
                     drift = max(info["delta_mean"].abs().item(), info["delta_std"].item())

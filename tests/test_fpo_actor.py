@@ -81,6 +81,18 @@ def test_cfm_loss_against_the_flow_matching_package():
     torch.testing.assert_close(actor.cfm_loss(x, s, u, eps), expected)
 
 
+def test_departure_is_the_distance_to_the_field_of_the_prior():
+    actor, x, s = trained_actor(5, 4), torch.randn(7, 4), torch.randn(7, 5)
+    u, eps = draw_flow_noise(7, 6, 4)
+    loss, departure = actor.cfm_loss(x, s, u, eps, with_departure=True)
+    torch.testing.assert_close(loss, actor.cfm_loss(x, s, u, eps))
+    expected = torch.zeros(7)
+    for k in range(6):
+        x_u = (1 - u[:, k : k + 1]) * eps[:, k] + u[:, k : k + 1] * x
+        expected += (actor.velocity(x_u, u[:, k], s) - FlowActor(5, 4).velocity(x_u, u[:, k], s)).square().mean(1) / 6
+    torch.testing.assert_close(departure, expected, rtol=1e-3, atol=1e-5)
+
+
 def test_draws_are_stratified():
     u, eps = draw_flow_noise(50, 16, 3)
     assert torch.equal((u * 16).floor(), torch.arange(16.0).expand(50, 16)) and eps.shape == (50, 16, 3)

@@ -87,11 +87,25 @@ def test_stabilisers():
     with_prior, _ = fpo_loss(cfm, cfm_init, adv, 0.2, 0.2, 5.0, prior_anchor=3.0, cfm_prior=prior)
     torch.testing.assert_close(with_prior - plain, 3.0 * 0.2 / 5.0 * prior.mean())
 
+    with_velocity, _ = fpo_loss(cfm, cfm_init, adv, 0.2, 0.2, 5.0, velocity_anchor=3.0, departure=prior)
+    torch.testing.assert_close(with_velocity - plain, 3.0 * 0.2 / 5.0 * prior.mean())
+
     far = (cfm_init + 1.0).requires_grad_()  # every loss has risen by 1
     capped, _ = fpo_loss(far, cfm_init, adv, 0.2, 0.2, 5.0, loss_cap=0.5)
     (gradient,) = torch.autograd.grad(capped, far)
     a = adv - adv.mean()
     assert (gradient[a < 0] == 0).all() and (gradient[a > 0] != 0).all()
+
+
+def test_advantage_limit_leaves_no_negative_weight():
+    """D4: with κ = limit = 1 the gradient of every sample's own loss is at least zero, however rare the failures."""
+    cfm_init = torch.rand(100)
+    cfm = cfm_init.clone().requires_grad_()
+    adv = torch.zeros(100)
+    adv[:5] = -1.0  # 5 % failures: standardised, they weigh -4.4
+    weight = lambda limit: torch.autograd.grad(fpo_loss(cfm, cfm_init, adv, 0.2, 0.2, 1.0, self_anchor=1.0, advantage_limit=limit)[0], cfm)[0]
+    assert weight(0.0)[:5].max() < -3 * 0.2 / 100 and weight(1.0).min() >= 0
+    torch.testing.assert_close(weight(1.0)[5:], weight(0.0)[5:])
 
 
 def test_self_anchor_has_no_gradient_where_the_actor_fits_its_own_samples():
