@@ -128,7 +128,7 @@ def write_args(folder, args):
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
-    machine = dict(system=platform.platform(), cpus=os.cpu_count(), torch_threads=torch.get_num_threads())
+    machine = dict(system=platform.platform(), cpus=os.cpu_count())
     if args.device != "cpu" and torch.cuda.is_available():
         machine["gpu"] = torch.cuda.get_device_name()
     text = json.dumps(dict(args=asdict(args), versions=versions, machine=machine, command=sys.argv), indent=2)

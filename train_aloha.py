@@ -155,7 +155,7 @@ if __name__ == "__main__":
     if args.video and not env_aloha.rendering_available():
         stop("--video needs OpenGL, and EGL was not found; install it (Debian: apt-get install libegl1 libgl1) or leave the flag out")
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    torch.set_num_threads(min(os.cpu_count() or 1, 4))  # the update may use the cores while the workers wait
+    torch.set_num_threads(1)  # more for the update only: waiting threads of torch spin, and would take the workers' cores
 
     # ---- frozen base π_0, actor π_θ, critics Q_φ, targets Q_φ̄, buffer B (Algorithm 1, line 1) ----
     weights = args.weights or Path(__file__).parent / "weights" / "aloha.safetensors"
@@ -339,6 +339,7 @@ if __name__ == "__main__":
             buffer.push(batch)  # line 11
             rollout_seconds = time.perf_counter() - clock
             clock = time.perf_counter()
+            torch.set_num_threads(min(os.cpu_count() or 1, 4))
 
             # ---- update phase (lines 13-28); D13: first all critic epochs, then the advantages once, then the actor ----
             s, s_next, x, x0 = (buffer.flat(key) for key in ("s", "s_next", "x", "x0"))
@@ -406,6 +407,7 @@ if __name__ == "__main__":
                 stop(f"a loss became NaN or infinite in iteration {iteration}; the last good checkpoint is {folder / 'last.pt'}. "
                      "Try a lower --actor-lr, or a stabiliser: --self-anchor 1, --drift-limit 0.05", code=1)  # fmt: skip
             update_seconds = time.perf_counter() - clock
+            torch.set_num_threads(1)
 
             # ---- log ----
             with torch.no_grad():
