@@ -17,13 +17,8 @@ arm first), the cube's position (3, metres) and quaternion (4). Action (14): the
 """
 
 import ctypes.util
-import multiprocessing
 import os
 import platform
-import signal
-import threading
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,11 +36,12 @@ from gym_aloha.constants import (
     START_ARM_POSE,
 )
 
+from worker_pool import WorkerPool
+
 HORIZON = 400  # control steps an episode, 8 s; the usual horizon of this task (ACT, lerobot)
 HOLD_STEPS = 10  # strict success: the left gripper alone holds the cube for so many consecutive steps
 OBSERVATION_DIM, ACTION_DIM = 21, 14
 FPS = round(1 / DT)  # 50 control steps a second
-WORKER_TIMEOUT = 300.0  # seconds after which a silent worker counts as dead
 
 GRIPPER_RANGE = PUPPET_GRIPPER_POSITION_OPEN - PUPPET_GRIPPER_POSITION_CLOSE
 ARM_QPOS = np.r_[0:7, 8:15]  # qpos has two finger joints an arm; the second mirrors the first
@@ -197,33 +193,10 @@ def rendering_available():
 
 # ---- worker processes -------------------------------------------------------------------------------------------
 
-_simulator = None  # one a worker process
 
-
-def _start_worker():
-    global _simulator
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    def exit_with_parent():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=exit_with_parent, daemon=True).start()
+def _quiet_simulator():
     mujoco.set_mju_user_warning(lambda text: None)  # `diverged` says it; MuJoCo would write MUJOCO_LOG.TXT where it stands
-    _simulator = Simulator()
-
-
-def _reset(box_pose):
-    return _simulator.reset(box_pose)
-
-
-def _run(state, actions, stop_at_success, record):
-    return _simulator.run(state, actions, stop_at_success, record)
-
-
-def _render(qpos, camera, height, width):
-    return _simulator.render(qpos, camera, height, width)
+    return Simulator()
 
 
 def lost_chunk(state, record):
@@ -239,60 +212,30 @@ def lost_chunk(state, record):
 
 
 class Workers:
-    """A pool of simulator processes. A worker that dies or hangs is replaced and its jobs are done again; a job that
-    kills its worker twice comes back as a diverged chunk, so that it costs one episode and not the run."""
+    """Simulator processes (worker_pool.py): a job that cannot be done comes back as a diverged chunk."""
 
     def __init__(self, num_workers):
-        self.num_workers = num_workers
-        self._start()
-
-    def _start(self):
-        # spawn: a forked child of a process that runs torch threads or CUDA may hang
-        context = multiprocessing.get_context("spawn")
-        self.executor = ProcessPoolExecutor(self.num_workers, mp_context=context, initializer=_start_worker)
+        self.pool = WorkerPool(num_workers, _quiet_simulator)
 
     def reset(self, box_poses):
         """Start episodes. box_poses: (n, 7) -> states (n, S), observations (n, 21)."""
-        states, observations = zip(*self._map(_reset, list(box_poses)))
+        states, observations = zip(*self.pool.map(Simulator.reset, list(box_poses)))
         return np.stack(states), np.stack(observations)
 
     def run(self, states, actions, stop_at_success=False, record=False):
         """`Simulator.run` for every row. states: (n, S), actions: (n, T, 14) -> list of n `Chunk`."""
         n = len(states)
-        chunks = self._map(_run, list(states), list(actions), [stop_at_success] * n, [record] * n)
+        chunks = self.pool.map(Simulator.run, list(states), list(actions), [stop_at_success] * n, [record] * n)
         return [lost_chunk(state, record) if c is None else c for state, c in zip(states, chunks)]
 
     def render(self, qpos, camera="angle", height=240, width=320):
         """Frames for a list of recorded episodes, in parallel."""
         n = len(qpos)
-        return self._map(_render, qpos, [camera] * n, [height] * n, [width] * n)
-
-    def _map(self, function, *columns):
-        size = max(1, len(columns[0]) // (32 * self.num_workers))  # small pieces keep all workers busy to the end
-        try:
-            return list(self.executor.map(function, *columns, chunksize=size, timeout=WORKER_TIMEOUT))
-        except (BrokenProcessPool, TimeoutError):
-            self._restart()
-        results = []
-        for job in zip(*columns):  # one by one, to find the job that does it
-            try:
-                results.append(self.executor.submit(function, *job).result(timeout=WORKER_TIMEOUT))
-            except (BrokenProcessPool, TimeoutError):
-                self._restart()
-                results.append(None)
-        if all(r is None for r in results):
-            raise RuntimeError("the simulator processes die at every start; run `python env_aloha.py` to see why")
-        return results
-
-    def _restart(self):
-        self.close()
-        self._start()
+        return self.pool.map(Simulator.render, qpos, [camera] * n, [height] * n, [width] * n)
 
     def close(self):
         """Stop the processes at once."""
-        for process in list((self.executor._processes or {}).values()):
-            process.kill()
-        self.executor.shutdown(wait=True, cancel_futures=True)
+        self.pool.close()
 
     def __enter__(self):
         return self

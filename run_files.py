@@ -186,15 +186,28 @@ def write_arrays(path, arrays):
     write_atomically(path, buffer.getvalue())
 
 
-def write_before_after(path, workers, qpos, fps, every=4):
-    """Write an mp4 of two recorded episodes side by side (Fig. 4a, 6). qpos: two arrays (steps, nq), fps: control steps a second."""
+def write_side_by_side(path, films, fps):
+    """Write an mp4 of two films side by side (Fig. 4a, 6). films: two arrays (T, height, width, 3) uint8."""
     import imageio.v2 as imageio
 
-    films = workers.render([q[::every] for q in qpos])
     n = max(map(len, films))  # an episode that is over waits on its last frame
     films = [np.concatenate([film, film[-1:].repeat(n - len(film), 0)]) for film in films]
     partial = Path(path).with_suffix(".partial.mp4")
-    with imageio.get_writer(partial, fps=fps / every, macro_block_size=8) as writer:
+    with imageio.get_writer(partial, fps=fps, macro_block_size=8) as writer:
         for frame in np.concatenate(films, 2):
             writer.append_data(frame)
     os.replace(partial, path)
+
+
+def write_table(path, rows):
+    """Write a small table as CSV, in one piece; Wilson intervals beside every count of successes. rows: dicts."""
+    columns = list(dict.fromkeys(key for row in rows for key in row)) + ["success", "wilson_low", "wilson_high"]
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, restval="")
+    writer.writeheader()
+    for row in rows:
+        if row.get("episodes"):
+            low, high = wilson(row["successes"], row["episodes"])
+            row = dict(row, success=f"{row['successes'] / row['episodes']:.4f}", wilson_low=f"{low:.4f}", wilson_high=f"{high:.4f}")
+        writer.writerow(row)
+    write_atomically(path, text.getvalue().encode())

@@ -37,7 +37,7 @@ from fpo_critic import QEnsemble, critic_loss, fresh_value, gae, polyak_update, 
 from fpo_loss import fpo_loss
 from run_files import (
     CsvLog, check_args, load_checkpoint, new_run_folder, rate, resumed_args, save_checkpoint, stop, wilson, write_args,
-    write_arrays, write_before_after,
+    write_arrays, write_side_by_side,
 )  # fmt: skip
 
 TASK = "aloha"
@@ -467,7 +467,8 @@ if __name__ == "__main__":
         for kind, members in kinds.items():
             print(f"{kind:6} {members.sum():4} of {len(members)} episodes", end="")
             for i in np.flatnonzero(members)[:1]:
-                write_before_after(folder / f"{kind}_episode{i}.mp4", workers, [before["qpos"][i], after["qpos"][i]], env_aloha.FPS)
+                films = workers.render([before["qpos"][i][::4], after["qpos"][i][::4]])
+                write_side_by_side(folder / f"{kind}_episode{i}.mp4", films, env_aloha.FPS / 4)
                 print(f", base | tuned in {folder / f'{kind}_episode{i}.mp4'}", end="")
             print()
     workers.close()

@@ -165,7 +165,7 @@ def test_a_killed_worker_costs_nothing_that_can_be_done_again():
         states, _ = pool.reset(sample_box_poses(np.random.default_rng(0), 4))
         actions = np.tile(START_ACTION, (4, 40, 1))
         expected = pool.run(states, actions)
-        os.kill(next(iter(pool.executor._processes)), signal.SIGKILL)
+        os.kill(next(iter(pool.pool.executor._processes)), signal.SIGKILL)
         for before, after in zip(expected, pool.run(states, actions)):
             np.testing.assert_array_equal(before.state, after.state)
             assert not after.diverged

@@ -40,10 +40,8 @@ class Args:
     """samples of an iteration, as in training"""
 
 
-def raw_physics(job):
+def raw_physics(simulator, state, actions):
     """Control steps a second of mj_step alone, in this process."""
-    state, actions = job
-    simulator = env_aloha._simulator
     mujoco.mj_setState(simulator.model, simulator.data, state, env_aloha.STATE_SPEC)
     start = time.perf_counter()
     for action in actions:
@@ -75,9 +73,9 @@ if __name__ == "__main__":
     with Workers(args.num_workers) as workers:
         states, observations = workers.reset(poses)
         # both play the same episodes on all workers at once; a raw job is one episode, as an environment job is a chunk
-        workers._map(raw_physics, list(zip(states, actions)))
+        workers.pool.map(raw_physics, list(states), list(actions))
         start = time.perf_counter()
-        workers._map(raw_physics, list(zip(states, actions)))
+        workers.pool.map(raw_physics, list(states), list(actions))
         raw = n * HORIZON / (time.perf_counter() - start)
         start = time.perf_counter()
         for k in range(0, HORIZON, 40):

@@ -1,15 +1,18 @@
 """Behaviour cloning: demonstrations -> the frozen base policy π_0, by flow matching in a PCA space of action chunks.
 
-    python tools/clone_base.py --task aloha --overwrite      # makes weights/aloha.safetensors again, end to end
+    python tools/clone_base.py --task aloha --overwrite             # makes weights/aloha.safetensors again, end to end
+    python tools/clone_base.py --task libero_90_task56 --overwrite  # LIBERO's butter/tray
+    python tools/clone_base.py --task libero_goal --overwrite       # one base for a suite, conditioned on the task
 
-Demonstrations are made first if their file is absent (tools/demo_aloha.py with its defaults, which are those of the
-shipped weights). At the end the base plays the evaluation episodes, with Gaussian latents and with all latents zero,
-and the figures go into the weights' header. About 10 minutes on two cores.
+Demonstrations are made first if their file is absent (tools/demo_aloha.py, tools/demo_libero.py with their defaults, which are
+those of the shipped weights). At the end the base plays the evaluation episodes, with Gaussian latents and with all latents
+zero, and the figures go into the weights' header.
 
 Training: w_1 = whitened principal components of a demonstrated chunk, w_0 ~ N(0, I), w_u = (1 - u) w_0 + u w_1, and
-v(w_u, u | s) regresses on w_1 - w_0 (flow matching, arXiv 2210.02747). 24 components: D12.
+v(w_u, u | s) regresses on w_1 - w_0 (flow matching, arXiv 2210.02747). Few components: D12.
 """
 
+import importlib
 import json
 import sys
 import time
@@ -25,37 +28,45 @@ import tyro
 from statsmodels.stats.proportion import proportion_confint
 from tqdm import trange
 
-import demo_aloha
 from base_flow import FlowBase
-from env_aloha import ACTION_DIM, HORIZON, OBSERVATION_DIM, Workers, play_episodes, sample_box_poses
+
+# task: latent dimension, control steps a chunk, knots a chunk, gradient steps
+SETTINGS = dict(
+    aloha=(24, 40, 9, 9000),
+    libero_90_task56=(16, 16, 9, 9000),
+    libero_spatial=(16, 16, 9, 15000),
+    libero_object=(16, 16, 9, 15000),
+    libero_goal=(16, 16, 9, 15000),
+    libero_10=(16, 16, 9, 15000),
+)
 
 
 @dataclass
 class Args:
-    task: Literal["aloha"] = "aloha"
-    """the task to make a base for"""
-    demos: Path = Path("demos/aloha.npz")
-    """demonstrations; made first if absent"""
-    out: Path = Path("weights/aloha.safetensors")
-    """where the weights go"""
+    task: Literal["aloha", "libero_90_task56", "libero_spatial", "libero_object", "libero_goal", "libero_10"] = "aloha"
+    """the task, or the suite of tasks, to make a base for"""
+    demos: Path | None = None
+    """demonstrations, made first if absent; demos/<task>.npz if left out"""
+    out: Path | None = None
+    """where the weights go; weights/<task>.safetensors if left out"""
     overwrite: bool = False
     """replace an existing --out"""
     seed: int = 0
     """of initial weights and minibatches"""
-    latent_dim: int = 24
-    """principal components of the chunk, and so the size of the latent"""
-    chunk_steps: int = 40
-    """control steps a chunk"""
-    knots: int = 9
-    """points of a chunk between which actions are interpolated"""
+    latent_dim: int | None = None
+    """principal components of the chunk, and so the size of the latent; 24 for aloha, 16 for LIBERO if left out"""
+    chunk_steps: int | None = None
+    """control steps a chunk; 40 for aloha (0.8 s), 16 for LIBERO (0.8 s) if left out"""
+    knots: int | None = None
+    """points of a chunk between which actions are interpolated; 9 if left out"""
     flow_steps: int = 10
     """Euler steps from noise to chunk"""
     hidden: int = 256
     """width of the velocity network"""
     blocks: int = 3
     """residual blocks of the velocity network"""
-    steps: int = 9000
-    """gradient steps"""
+    steps: int | None = None
+    """gradient steps; 9000 for a task, 15000 for a suite if left out"""
     batch: int = 512
     """chunks a gradient step"""
     lr: float = 1e-3
@@ -64,27 +75,27 @@ class Args:
     """decay of the averaged weights, which are the ones kept"""
     state_noise: float = 0.02
     """Gaussian noise on the normalised state in training, in standard deviations"""
-    eval_episodes: int = 200
-    """episodes of each measurement at the end; 0 measures nothing"""
+    eval_episodes: int | None = None
+    """episodes of each measurement at the end; 200 for aloha, 50 a task for LIBERO if left out; 0 measures nothing"""
     workers: int = 2
     """simulator processes"""
 
 
-def chunks_at(actions, episode, start, args):
-    """The demonstrated actions at the knots of chunks. actions: (n, T, A); episode, start: (B,) -> (B, knots, A)."""
+def chunks_at(actions, start, last, args):
+    """The demonstrated actions at the knots of chunks. actions: (N, A) of all episodes one after the other; start: (B,) first steps of
+    chunks, last: (B,) last steps of their episodes -> (B, knots, A)."""
     time = start[:, None] + torch.arange(args.knots) * (args.chunk_steps // (args.knots - 1))
-    return actions[episode[:, None], time.clamp(max=actions.shape[1] - 1)]  # the last command holds
+    return actions[torch.minimum(time, last[:, None])]  # the last command holds
 
 
-def fit(base, observations, actions, args):
+def fit(base, observations, actions, last, args):
     """Set normalisation and the whitened PCA basis of `base`. -> the map from chunks at their knots (B, knots, A) to
     whitened components (B, D), and the share of the chunks' variance that these keep."""
-    base.state_mean.copy_(observations.mean((0, 1)))
-    base.state_std.copy_(observations.std((0, 1)).clamp(min=1e-2))  # in rad, m: less is noise of the simulator
-    n, T = actions.shape[:2]
-    episode, start = torch.randint(n, (20000,)), torch.randint(T, (20000,))
-    knots = chunks_at(actions, episode, start, args)
-    scale = actions.std((0, 1)) + 1e-3  # every joint counts alike
+    base.state_mean.copy_(observations.mean(0))
+    base.state_std.copy_(observations.std(0).clamp(min=1e-2))  # in rad, m: less is noise of the simulator
+    start = torch.randint(len(actions), (20000,))
+    knots = chunks_at(actions, start, last[start], args)
+    scale = actions.std(0) + 1e-3  # every joint counts alike
     chunks = (knots / scale).flatten(1)  # (20000, knots A)
     mean = chunks.mean(0)
     _, singular, components = torch.linalg.svd(chunks - mean, full_matrices=False)
@@ -97,19 +108,18 @@ def fit(base, observations, actions, args):
     return lambda knots: ((knots / scale).flatten(1) - mean) @ inverse, explained
 
 
-def clone(base, observations, actions, whitened, args):
+def clone(base, observations, actions, last, whitened, args):
     """Flow matching on the demonstrations; leaves the averaged weights in `base`. -> the last mean loss."""
     optimizer = torch.optim.AdamW(base.parameters(), args.lr, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps)
     average = {k: p.detach().clone() for k, p in base.named_parameters()}
-    n, T = actions.shape[:2]
     running = None
     progress = trange(args.steps, desc="cloning")
     for step in progress:
-        episode, start = torch.randint(n, (args.batch,)), torch.randint(T, (args.batch,))
-        s, _ = base.encode(observations[episode, start])
+        start = torch.randint(len(actions), (args.batch,))
+        s, _ = base.encode(observations[start])
         s = s + args.state_noise * torch.randn_like(s)
-        w1 = whitened(chunks_at(actions, episode, start, args))  # (B, D)
+        w1 = whitened(chunks_at(actions, start, last[start], args))  # (B, D)
         w0, u = torch.randn_like(w1), torch.rand(args.batch)
         wu = (1 - u[:, None]) * w0 + u[:, None] * w1
         loss = ((base.velocity(wu, u, s) - (w1 - w0)) ** 2).mean()
@@ -128,24 +138,58 @@ def clone(base, observations, actions, whitened, args):
     return running
 
 
-def measure(base, workers, episodes, latents):
+def measure(base, args, latents):
     """Closed-loop success over the evaluation episodes. latents: "gaussian" or "zero" -> dict for the header."""
-    poses = sample_box_poses(np.random.default_rng([0, 0]), episodes)  # 0: evaluation; never training or demonstrations
+    n = args.eval_episodes if args.task == "aloha" else args.eval_episodes * len(base.header["task_ids"])
     generator = torch.Generator().manual_seed(0)
 
     def act(observations):
         s, context = base.encode(torch.as_tensor(observations, dtype=torch.float32))
-        x = torch.randn(episodes, base.latent_dim, generator=generator) * (latents == "gaussian")
+        x = torch.randn(n, base.latent_dim, generator=generator) * (latents == "gaussian")
         return base.decode(context, base.to_noise(x)).numpy()
 
-    result = play_episodes(workers, poses, act)
-    figures = dict(episodes=episodes)
-    for name, count in (("official", int(result["success"].sum())), ("strict", int(result["strict"].sum()))):
-        print(f"{latents} latents, {episodes} episodes: {name} success {demo_aloha.interval(count, episodes)}")
-        low, high = proportion_confint(count, episodes, method="wilson")
-        figures[name] = round(count / episodes, 4)
+    if args.task == "aloha":
+        env = importlib.import_module("env_aloha")
+        with env.Workers(args.workers) as workers:
+            poses = env.sample_box_poses(np.random.default_rng([0, 0]), n)  # 0: evaluation; never training or demonstrations
+            result = env.play_episodes(workers, poses, act)
+        counts = dict(official=result["success"].sum(), strict=result["strict"].sum())
+    else:
+        env = importlib.import_module("env_libero")
+        tasks = np.repeat(base.header["task_ids"], args.eval_episodes)
+        with env.Workers(args.workers, suite_name(args.task), base.header["task_ids"]) as workers:
+            starts = [env.official(i) for i in range(args.eval_episodes)] * len(base.header["task_ids"])
+            result = env.play_episodes(workers, tasks, starts, act)
+        counts = dict(official=result["success"].sum())
+        for k in base.header["task_ids"]:
+            print(f"  task {k:2d}: {result['success'][tasks == k].sum():3d} of {args.eval_episodes}")
+    figures = dict(episodes=n)
+    for name, count in counts.items():
+        low, high = proportion_confint(count, n, method="wilson")
+        print(f"{latents} latents, {n} episodes: {name} success {100 * count / n:.1f} % [{100 * low:.1f}, {100 * high:.1f}]", flush=True)
+        figures[name] = round(float(count / n), 4)
         figures[f"{name}_wilson_95"] = [round(float(low), 4), round(float(high), 4)]
+    if args.task != "aloha":
+        figures["tasks"] = {k: round(float(result["success"][tasks == k].mean()), 4) for k in base.header["task_ids"]}
     return figures
+
+
+def suite_name(task):
+    return task.split("_task")[0]
+
+
+def make_demos(args):
+    """Demonstrations with the defaults of the task's demonstrator, in a file args.demos."""
+    if args.task == "aloha":
+        demo = importlib.import_module("demo_aloha")
+        return demo.run(demo.Args(out=args.demos, workers=args.workers))
+    demo = importlib.import_module("demo_libero")
+    if args.task == "libero_90_task56":
+        return demo.run(demo.Args(task_ids="56", out=args.demos, workers=args.workers), [56])
+    name = suite_name(args.task)
+    task_ids = demo.COVERED[name]
+    defaults = demo.Args(suite=name, task_ids=",".join(map(str, task_ids)), num_demos=120, out=args.demos, workers=args.workers)
+    demo.run(defaults, task_ids)
 
 
 def check(args):
@@ -156,10 +200,13 @@ def check(args):
     for flag in ("seed", "eval_episodes"):
         if getattr(args, flag) < 0:
             return f"--{flag.replace('_', '-')} is {getattr(args, flag)}: give 0 or more."
+    if args.task != "aloha" and args.eval_episodes > 50:
+        return f"--eval-episodes is {args.eval_episodes}: a task of LIBERO has 50 official initial states."
     if args.knots < 2 or args.chunk_steps % (args.knots - 1):
         return f"--knots is {args.knots}: give 2 or more, such that knots - 1 divides --chunk-steps {args.chunk_steps}."
-    if args.latent_dim > args.knots * ACTION_DIM:
-        return f"--latent-dim is {args.latent_dim}: a chunk has only {args.knots * ACTION_DIM} numbers, give no more."
+    action_dim = 14 if args.task == "aloha" else 7
+    if args.latent_dim > args.knots * action_dim:
+        return f"--latent-dim is {args.latent_dim}: a chunk has only {args.knots * action_dim} numbers, give no more."
     if not args.lr > 0:
         return f"--lr is {args.lr}: give a number above 0."
     if not 0 <= args.ema < 1:
@@ -170,40 +217,53 @@ def check(args):
         return f"--out {args.out} exists: give another path, or --overwrite to replace it."
 
 
-def load_demos(path):
-    """Observations (n, T, 21), actions (n, T, 14) and the settings that made them. ValueError if the file has none."""
+def load_demos(path, task):
+    """Observations (N, S) and actions (N, A) of all episodes one after the other, the last step (N,) of every step's episode, the
+    tasks, and the settings that made them. ValueError if the file has none."""
     try:
         with np.load(path, allow_pickle=False) as file:
             observations, actions = file["observations"], file["actions"]
             settings = json.loads(str(file["settings"]))
+            if task == "aloha":  # episodes of one length, (n, T, ...)
+                length, task_ids = np.full(len(actions), actions.shape[1]), None
+                observations, actions = observations.reshape(-1, observations.shape[2]), actions.reshape(-1, actions.shape[2])
+            else:
+                length, task_ids = file["length"], sorted({int(k) for k in file["task_id"]})
     except Exception as error:  # zipfile, zlib, numpy and json each raise their own
         raise ValueError(f"{path} is no file of demonstrations ({error}): remove it, and it is made anew.") from None
-    if observations.shape[2:] != (OBSERVATION_DIM,) or actions.shape != (*observations.shape[:2], ACTION_DIM):
+    expected = dict(aloha=(21, 14), libero_90_task56=(45, 7)).get(task, (55, 7))
+    if (observations.shape[1:], actions.shape[1:]) != ((expected[0],), (expected[1],)) or not len(observations) == len(actions) == length.sum():
         shapes = f"{observations.shape} and {actions.shape}"
         raise ValueError(f"{path} has arrays of shapes {shapes}: remove it, and it is made anew.")
-    return torch.tensor(observations), torch.tensor(actions), settings
+    last = torch.as_tensor(np.repeat(np.cumsum(length) - 1, length))
+    return torch.tensor(observations), torch.tensor(actions), last, task_ids, settings
 
 
 def main():
-    args = tyro.cli(Args)
+    args = tyro.cli(Args, description=__doc__)
+    defaults = dict(zip(("latent_dim", "chunk_steps", "knots", "steps"), SETTINGS[args.task]))
+    defaults.update(demos=Path(f"demos/{args.task}.npz"), out=Path(f"weights/{args.task}.safetensors"), eval_episodes=200 if args.task == "aloha" else 50)
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     if problem := check(args):
         print(problem, file=sys.stderr)
         sys.exit(2)
     if not args.demos.exists():
-        demo_aloha.run(demo_aloha.Args(out=args.demos, workers=args.workers))
+        make_demos(args)
     try:
-        observations, actions, demonstrations = load_demos(args.demos)
+        observations, actions, last, task_ids, demonstrations = load_demos(args.demos, args.task)
     except ValueError as problem:
         print(f"--demos {problem}", file=sys.stderr)
         sys.exit(2)
     torch.manual_seed(args.seed)
-    torch.set_num_threads(args.workers)  # demo_aloha asks for one thread, for its own processes
+    torch.set_num_threads(args.workers)  # the demonstrators ask for one thread, for their own processes
     start = time.time()
     training = {k: v for k, v in vars(args).items() if k in ("seed", "steps", "batch", "lr", "ema", "state_noise")}
     header = dict(
         task=args.task,
-        state_dim=OBSERVATION_DIM,
-        action_dim=ACTION_DIM,
+        state_dim=observations.shape[1],
+        action_dim=actions.shape[1],
         latent_dim=args.latent_dim,
         chunk_steps=args.chunk_steps,
         knots=args.knots,
@@ -213,16 +273,17 @@ def main():
         normalisation="s = (observation - state_mean) / state_std, clipped to ±5; knots = chunk_mean + z chunk_basis",
         demonstrations=demonstrations,
     )
+    if task_ids is not None:
+        header["task_ids"] = task_ids
     base = FlowBase(header)
-    whitened, header["explained_variance"] = fit(base, observations, actions, args)
-    header["training"] = dict(training, loss=round(clone(base, observations, actions, whitened, args), 4))
+    whitened, header["explained_variance"] = fit(base, observations, actions, last, args)
+    header["training"] = dict(training, loss=round(clone(base, observations, actions, last, whitened, args), 4))
     base.eval()
     print(f"{args.latent_dim} components keep {100 * header['explained_variance']:.2f} % of the chunks' variance; "
           f"loss {header['training']['loss']}, {time.time() - start:.0f} s")
     header["commands"] = [demonstrations["command"], " ".join(["python", "tools/clone_base.py", *sys.argv[1:]])]
     if args.eval_episodes:
-        with Workers(args.workers) as workers:
-            header["success"] = {k: measure(base, workers, args.eval_episodes, k) for k in ("gaussian", "zero")}
+        header["success"] = {k: measure(base, args, k) for k in ("gaussian", "zero")}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     base.save(args.out)
     print(f"wrote {args.out}")

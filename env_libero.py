@@ -1,0 +1,565 @@
+"""LIBERO, state only: the real tasks, assets, controller and success predicates, without rendering, in worker processes.
+
+The stock environment spends most of a step on observables, on recomputing what it has, and on Python. Here the same
+MuJoCo model is stepped by a lean loop with the same OSC_POSE law; `tests/test_env_libero.py` compares it with the stock
+environment. Placements, success predicates and initial states are LIBERO's own code and data.
+
+As in env_aloha.py, an environment *is* its state vector, and `Simulator.run(state, actions)` is a pure function.
+
+    with Workers(2, "libero_90", [56]) as workers:
+        states, observations = workers.reset([56, 56], [official(0), placed(7)])
+        chunks = workers.run([56, 56], states, np.zeros((2, 10, 7)))
+        print(chunks[0].success, chunks[0].observation)
+
+Action (7), each in -1 ... 1, at 20 Hz: end-effector position change (1 is 5 cm), rotation vector (1 is 0.5 rad), gripper
+(negative opens, positive closes). Observation (45, and 10 for the task): see `Simulator.observe`.
+"""
+
+import contextlib
+import ctypes.util
+import io
+import logging
+import os
+import platform
+import warnings
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+# robosuite loads an OpenGL library on import, though physics needs none
+if platform.system() == "Linux":
+    os.environ.setdefault("MUJOCO_GL", "egl")
+    os.environ.setdefault("PYOPENGL_PLATFORM", os.environ["MUJOCO_GL"])
+
+import mujoco
+import numba
+
+from worker_pool import WorkerPool
+
+# Step limits that papers on vision-language-action models use (openpi, OpenVLA-OFT).
+STEP_LIMIT = dict(libero_spatial=220, libero_object=280, libero_goal=300, libero_10=520, libero_90=400)
+TASKS = dict(libero_spatial=10, libero_object=10, libero_goal=10, libero_10=10, libero_90=90)
+OBSERVATION_DIM = {name: 45 + (n if name != "libero_90" else 0) for name, n in TASKS.items()}
+SETTLING = [[0, 0, 0, 0, 0, 0, -1]] * 10  # steps after every reset that count nowhere: objects fall into place
+OFFICIAL_STATES = 50  # initial states a task that come with LIBERO, for evaluation only
+FIXTURE_SEED = 0  # draws the fixtures' poses under the official initial states, which do not contain them
+FPS = 20  # control steps a second
+ACTION_DIM = 7
+STATE_SPEC = int(
+    mujoco.mjtState.mjSTATE_TIME
+    | mujoco.mjtState.mjSTATE_QPOS
+    | mujoco.mjtState.mjSTATE_QVEL
+    | mujoco.mjtState.mjSTATE_WARMSTART  # without the solver's warm start a resumed run drifts in the last bits
+)
+DIVERGED = [int(w) for w in (mujoco.mjtWarning.mjWARN_BADQPOS, mujoco.mjtWarning.mjWARN_BADQVEL, mujoco.mjtWarning.mjWARN_BADQACC)]
+
+
+def official(index):
+    """The start of an episode from one of the suite's own 50 initial states."""
+    return ("official", int(index))
+
+
+def placed(seed):
+    """The start of an episode with objects and fixtures placed at random in the regions of the task's BDDL file."""
+    return ("placed", int(seed))
+
+
+@contextlib.contextmanager
+def quiet():
+    """LIBERO and robosuite print banners and warnings on import and on construction."""
+    logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+@lru_cache
+def suite(name):
+    """LIBERO's own description of a suite: task names, languages, BDDL files, initial states."""
+    with quiet():
+        from libero.libero import benchmark
+
+        return benchmark.get_benchmark(name)()
+
+
+def parse_task_ids(name, text):
+    """Task numbers of a suite from "all" or "0,3,5". ValueError, in one sentence, if there is no such task."""
+    numbers = range(TASKS[name]) if text == "all" else text.split(",")
+    try:
+        numbers = [int(k) for k in numbers]
+    except ValueError:
+        raise ValueError(f"--task-ids is {text}: give numbers with commas, as 0,3,5, or all.") from None
+    for k in numbers:
+        if not 0 <= k < TASKS[name]:
+            raise ValueError(f"--task-ids has {k}: {name} has the tasks 0 to {TASKS[name] - 1}.")
+    return numbers
+
+
+def rendering_available():
+    """Whether an OpenGL library for headless rendering can be loaded. robosuite cannot be imported without one."""
+    return platform.system() != "Linux" or os.environ["MUJOCO_GL"] != "egl" or ctypes.util.find_library("EGL") is not None
+
+
+@numba.njit(cache=True)
+def osc_torques(ctrl, gripper, arm, grip, low, high, grip_mid, grip_half, q_rest, grip_step, bias, goal_position, goal_rotation,
+                M, jac_p, jac_r, qpos, qvel, position, rotation):  # fmt: skip
+    """robosuite's OSC_POSE law (Khatib 1987; controllers/osc.py) and its gripper integrator; writes `ctrl` and `gripper`.
+
+    arm, grip: first address of the arm's joints and of the fingers' actuators. The arm's qpos, qvel and actuators are in the same
+    order from `arm` on. M: (nv, nv) mass matrix, jac_p, jac_r: (3, nv) Jacobians of the grip site.
+    """
+    J = np.empty((6, 7))
+    J[:3], J[3:] = jac_p[:, arm : arm + 7], jac_r[:, arm : arm + 7]
+    mass = M[arm : arm + 7, arm : arm + 7].copy()
+    qd = qvel[arm : arm + 7].copy()
+    twist = J @ qd
+    mass_inv_Jt = np.linalg.solve(mass, J.T.copy())  # (7, 6)
+    A = J @ mass_inv_Jt  # J M⁻¹ Jᵀ, the inverse of the operational-space inertia
+    angle = np.zeros(3)  # ½ Σ_c current_c × goal_c over the columns: rotation error
+    for c in range(3):
+        a, b = rotation[:, c], goal_rotation[:, c]
+        angle[0] += 0.5 * (a[1] * b[2] - a[2] * b[1])
+        angle[1] += 0.5 * (a[2] * b[0] - a[0] * b[2])
+        angle[2] += 0.5 * (a[0] * b[1] - a[1] * b[0])
+    kp = 150.0
+    kd = 2 * np.sqrt(kp)
+    wrench = np.empty(6)
+    wrench[:3] = np.linalg.solve(A[:3, :3].copy(), kp * (goal_position - position) - kd * twist[:3])
+    wrench[3:] = np.linalg.solve(A[3:, 3:].copy(), kp * angle - kd * twist[3:])
+    # the null space pulls the joints towards their rest: Nᵀ M q̈ = M q̈ - Jᵀ A⁻¹ J q̈
+    acceleration = 10.0 * (q_rest - qpos[arm : arm + 7]) - 2 * np.sqrt(10.0) * qd
+    torque = J.T.copy() @ (wrench - np.linalg.solve(A, J @ acceleration)) + mass @ acceleration + bias[arm : arm + 7]
+    for i in range(7):
+        ctrl[arm + i] = min(max(torque[i], low[i]), high[i])
+    for i in range(2):
+        gripper[i] = min(max(gripper[i] + grip_step[i], -1.0), 1.0)
+        ctrl[grip + i] = grip_mid[i] + grip_half[i] * gripper[i]
+
+
+@dataclass
+class Chunk:
+    """What one call of `Simulator.run` did. T is the number of control steps really executed."""
+
+    state: np.ndarray  # (S,) simulator state after the last step
+    observation: np.ndarray  # (45 or 55,) after the last step
+    success: np.ndarray  # (T,) bool: check_success() after each step
+    diverged: bool  # MuJoCo found a non-finite or absurd state: the episode has failed
+    frames: np.ndarray | None  # (T + 1, F) with record=True: what `render` needs, before the first and after every step
+
+
+class Simulator:
+    """One task: LIBERO's environment with its model, and one MuJoCo data structure through which any number of states pass.
+
+    A state vector is MuJoCo's own (time, qpos, qvel, warm start), then the gripper's integrator (2), the controller's goal
+    rotation (9), and the poses of the fixtures (7 each), which LIBERO draws anew at every reset and keeps in the model.
+    """
+
+    def __init__(self, suite_name, task_id):
+        with quiet():
+            from libero.libero.envs.env_wrapper import ControlEnv
+            from robosuite.utils import transform_utils
+
+            description = suite(suite_name)
+            stock = ControlEnv(description.get_task_bddl_file_path(task_id), use_camera_obs=False, has_offscreen_renderer=False,
+                               hard_reset=False, horizon=10**9)  # fmt: skip
+            stock.reset()
+        self.env, self.transforms = stock.env, transform_utils
+        env = self.env
+        self.task_id = task_id
+        self.one_hot = np.eye(TASKS[suite_name])[task_id] if suite_name != "libero_90" else np.zeros(0)
+        self.official_states = description.get_task_init_states(task_id)
+        self.model, self.data = model, data = env.sim.model._model, env.sim.data._data
+        robot, controller = env.robots[0], env.robots[0].controller
+        self.site = model.site(controller.eef_name).id
+        self.arm = controller.qpos_index[0]
+        assert list(controller.qpos_index) == list(controller.qvel_index) == list(range(self.arm, self.arm + 7))
+        assert list(robot._ref_joint_actuator_indexes) == list(range(self.arm, self.arm + 7))
+        self.grip = robot._ref_joint_gripper_actuator_indexes[0]
+        self.fingers = np.array(robot._ref_gripper_joint_pos_indexes)
+        self.low, self.high = (np.array(limit, dtype=np.float64) for limit in robot.torque_limits)
+        span = model.actuator_ctrlrange[self.grip : self.grip + 2]
+        self.grip_mid, self.grip_half = span.mean(1), (span[:, 1] - span[:, 0]) / 2
+        self.grip_step = np.array([-1.0, 1.0]) * robot.gripper.speed
+        self.arm_rest, self.finger_rest = np.array(robot.init_qpos), np.array(robot.gripper.init_qpos)
+        self.rest_rotation = np.array(controller.goal_ori)  # where reset leaves the controller's goal, whatever state follows
+        self.substeps = round(env.control_timestep / env.model_timestep)
+        self.fixtures = np.array([env.obj_body_id[name] for name in env.fixtures_dict if name in env.obj_body_id], dtype=int)
+        self.fixtures = self.fixtures[self.fixtures > 0]
+        self.physics_dim = mujoco.mj_stateSize(model, STATE_SPEC)
+        self.gripper, self.goal_rotation = np.zeros(2), self.rest_rotation.copy()
+        self.M, self.jac_p, self.jac_r = np.zeros((model.nv, model.nv)), np.zeros((3, model.nv)), np.zeros((3, model.nv))
+        # arguments of osc_torques; the arrays are views into MuJoCo's data, which stay where they are
+        self.driven = (data.ctrl, self.gripper, self.arm, self.grip, self.low, self.high, self.grip_mid, self.grip_half, self.arm_rest)
+        self.bias, rotation = data.qfrc_bias, data.site_xmat[self.site].reshape(3, 3)
+        self.sensed = (self.M, self.jac_p, self.jac_r, data.qpos, data.qvel, data.site_xpos[self.site], rotation)
+        # robosuite's controller first looks at the arm when it is built, and after a reset it drives one substep on that memory
+        mujoco.mj_resetData(model, data)
+        data.qpos[self.arm : self.arm + 7] = self.arm_rest
+        mujoco.mj_forward(model, data)
+        mujoco.mj_jacSite(model, data, self.jac_p, self.jac_r, self.site)
+        mujoco.mj_fullM(model, self.M, data.qM)
+        self.remembered = tuple(array.copy() for array in self.sensed)
+        self.goals = env.parsed_problem["goal_state"]
+        self.height = env.workspace_offset[2]  # of the table's surface; observations count from there
+        self.objects = list(env.objects_dict)
+        self.object_ids = np.array([env.obj_body_id[name] for name in self.objects])
+        self.renderers = {}
+
+    # ---- start of an episode ----
+
+    def reset(self, start):
+        """State and observation of an episode's start, after the settling steps. start: `official(i)` or `placed(seed)`."""
+        kind, number = start
+        self._place(number if kind == "placed" else FIXTURE_SEED)
+        if kind == "official":
+            n = self.model.nq
+            self.data.qpos[:], self.data.qvel[:] = np.split(self.official_states[number][1:], [n])
+            self.data.time = self.official_states[number][0]
+        mujoco.mj_forward(self.model, self.data)
+        self.gripper[:], self.goal_rotation[:] = 0, self.rest_rotation
+        mujoco.mj_step1(self.model, self.data)
+        self._drive(self.remembered[5], SETTLING[0][6], self.remembered)
+        chunk = self.run(self._get_state(), SETTLING[1:])
+        return chunk.state, chunk.observation
+
+    def _place(self, seed):
+        """Draw articulation and poses of everything as BDDLBaseDomain._reset_internal does, from a generator of our own."""
+        from libero.libero.envs.regions.object_property_sampler import OpenCloseSampler
+        from robosuite.utils.errors import RandomizationError
+
+        env, data = self.env, self.data
+        before = np.random.get_state()  # LIBERO's samplers draw from numpy's global generator
+        np.random.seed(seed)
+        try:
+            for attempt in range(100):
+                np.random.randn(7)  # robosuite draws noise for the arm, of magnitude 0: the same seed shall place the same
+                mujoco.mj_resetData(self.model, data)
+                data.qpos[self.arm : self.arm + 7], data.qpos[self.fingers] = self.arm_rest, self.finger_rest
+                for sampler in env.object_property_initializers:
+                    env.object_states_dict[sampler.name].set_joint(sampler.sample())
+                mujoco.mj_step1(self.model, data)
+                try:
+                    placements = env.placement_initializer.sample()
+                    placements = env.conditional_placement_initializer.sample(env.sim, placements)
+                    placements = env.conditional_placement_on_objects_initializer.sample(placements)
+                    break
+                except RandomizationError:  # objects found no room beside each other: draw again
+                    continue
+            else:
+                raise RuntimeError(f"no placement without overlap in 100 tries for task {self.task_id}")
+        finally:
+            np.random.set_state(before)
+        for position, quaternion, thing in placements.values():
+            if thing.name in env.fixtures_dict:
+                body = self.model.body(thing.root_body).id
+                self.model.body_pos[body], self.model.body_quat[body] = position, quaternion
+            else:
+                env.sim.data.set_joint_qpos(thing.joints[-1], np.concatenate([position, quaternion]))
+
+    # ---- control ----
+
+    def run(self, state, actions, stop_at_success=False, record=False):
+        """Execute `actions` (T, 7) from `state`; stop early at success if asked, or where the physics diverges."""
+        model, data = self.model, self.data
+        self._set_state(state)
+        actions = np.clip(np.asarray(actions, dtype=np.float64), -1, 1)  # NaN stays NaN
+        diverged = not np.isfinite(actions).all()
+        success, frames = [], [self._frame()]
+        for action in actions if not diverged else ():
+            mujoco.mj_step1(model, data)
+            goal_position = data.site_xpos[self.site] + 0.05 * action[:3]
+            if np.abs(action[3:6]).max() > 2e-9:  # robosuite keeps the old goal where math.isclose(δ, 0)
+                turn = self.transforms.quat2mat(self.transforms.axisangle2quat(0.5 * action[3:6]))  # float32 inside
+                self.goal_rotation[:] = turn @ data.site_xmat[self.site].reshape(3, 3)
+            self._drive(goal_position, action[6], self.sensed)
+            if any(data.warning[w].number for w in DIVERGED):
+                diverged = True
+                break
+            success.append(bool(self.env._check_success()))
+            if record:
+                frames.append(self._frame())
+            if stop_at_success and success[-1]:
+                break
+        if diverged:  # the last finite state stands in; the caller ends the episode
+            self._set_state(state)
+            mujoco.mj_forward(model, data)
+        return Chunk(
+            state=self._get_state(),
+            observation=self.observe(),
+            success=np.array(success, dtype=bool),
+            diverged=diverged,
+            frames=np.array(frames) if record else None,
+        )
+
+    def _drive(self, goal_position, grip, sensed):
+        """One control step towards the goal, after its first mj_step1. sensed: what the controller believes in its first substep."""
+        model, data, grip_step = self.model, self.data, self.grip_step * np.sign(grip)
+        for substep in range(self.substeps):
+            if substep > 0:
+                mujoco.mj_step1(model, data)
+                sensed = self.sensed
+            if sensed is self.sensed:
+                mujoco.mj_jacSite(model, data, self.jac_p, self.jac_r, self.site)
+                mujoco.mj_fullM(model, self.M, data.qM)
+            osc_torques(*self.driven, grip_step, self.bias, goal_position, self.goal_rotation, *sensed)
+            mujoco.mj_step2(model, data)
+
+    def _get_state(self):
+        physics = np.empty(self.physics_dim)
+        mujoco.mj_getState(self.model, self.data, physics, STATE_SPEC)
+        poses = np.concatenate([self.model.body_pos[self.fixtures], self.model.body_quat[self.fixtures]], 1)
+        return np.concatenate([physics, self.gripper, self.goal_rotation.ravel(), poses.ravel()])
+
+    def _set_state(self, state):
+        physics, self.gripper[:], rotation, poses = np.split(state, np.cumsum([self.physics_dim, 2, 9]))
+        self.goal_rotation[:] = rotation.reshape(3, 3)
+        poses = poses.reshape(-1, 7)
+        self.model.body_pos[self.fixtures], self.model.body_quat[self.fixtures] = poses[:, :3], poses[:, 3:]
+        mujoco.mj_resetData(self.model, self.data)  # clears the warnings too
+        mujoco.mj_setState(self.model, self.data, physics, STATE_SPEC)
+
+    # ---- observation ----
+
+    def subgoal(self):
+        """The goal to work on: the first that does not hold yet, or whose object is still in the closed gripper."""
+        for k, goal in enumerate(self.goals):
+            if not self.env._eval_predicate(goal) or (self.gripper[1] > 0 and self._distance_to(goal[1]) < 0.1):
+                return k
+        return len(self.goals) - 1
+
+    def point(self, name):
+        """Position of an object, a fixture or a region. -> (3,)"""
+        if name in self.env.object_sites_dict:
+            return self.data.site(name).xpos
+        return self.data.xpos[self.env.obj_body_id[name]]
+
+    def _distance_to(self, name):
+        return np.linalg.norm(self.point(name) - self.data.site_xpos[self.site])
+
+    def observe(self):
+        """What the policy sees (45 or 55,). Lengths in metres, heights above the table.
+
+        End effector: position 3, first two columns of its rotation 6, finger joints 2, gripper command 1, arm joints 7. The current
+        sub-goal's object: position relative to the end effector 3, rotation 6, height 1; its goal relative to the object 3 and to the
+        end effector 3. The three other objects nearest to the end effector, relative to it: 9. Number of the sub-goal 1. Then the task's
+        one-hot (10), but for libero_90, whose bases know one task.
+        """
+        data, k = self.data, self.subgoal()
+        goal = self.goals[k]
+        hand, rotation = data.site_xpos[self.site], data.site_xmat[self.site].reshape(3, 3)
+        thing = self.point(goal[1])
+        body = self.env.obj_body_id.get(goal[1], 0)  # regions of fixtures have no rotation of interest
+        destination = self.point(goal[2]) if len(goal) == 3 else thing
+        others = data.xpos[self.object_ids[[name != goal[1] for name in self.objects]]] - hand
+        others = others[np.argsort(np.linalg.norm(others, axis=1), kind="stable")][:3]
+        others = np.concatenate([others, np.zeros((3 - len(others), 3))])
+        return np.concatenate([
+            hand - [0, 0, self.height], rotation[:, :2].T.ravel(), data.qpos[self.fingers], self.gripper[1:],
+            data.qpos[self.arm : self.arm + 7], thing - hand, data.xmat[body].reshape(3, 3)[:, :2].T.ravel(),
+            [thing[2] - self.height], destination - thing, destination - hand, others.ravel(), [k], self.one_hot,
+        ])  # fmt: skip
+
+    # ---- rendering ----
+
+    def _frame(self):
+        poses = np.concatenate([self.model.body_pos[self.fixtures], self.model.body_quat[self.fixtures]], 1)
+        return np.concatenate([self.data.qpos, poses.ravel()])
+
+    def render(self, frames, camera="agentview", height=256, width=256):
+        """Pictures of recorded frames. (T, F) -> (T, height, width, 3) uint8. Needs EGL (or another GL)."""
+        if (height, width) not in self.renderers:
+            self.renderers[height, width] = mujoco.Renderer(self.model, height, width)
+        renderer, pictures, options = self.renderers[height, width], [], mujoco.MjvOption()
+        options.geomgroup[0] = 0  # collision shapes
+        options.sitegroup[:] = 0
+        for frame in frames:
+            self.data.qpos[:], poses = frame[: self.model.nq], frame[self.model.nq :].reshape(-1, 7)
+            self.model.body_pos[self.fixtures], self.model.body_quat[self.fixtures] = poses[:, :3], poses[:, 3:]
+            mujoco.mj_forward(self.model, self.data)
+            renderer.update_scene(self.data, camera=camera, scene_option=options)
+            pictures.append(renderer.render())
+        return np.array(pictures)
+
+
+# ---- worker processes -------------------------------------------------------------------------------------------
+
+
+class TaskSimulators(dict):
+    """{task id: Simulator} of one worker process, all built at once."""
+
+    def __init__(self, suite_name, task_ids):
+        mujoco.set_mju_user_warning(lambda text: None)  # `diverged` says it; MuJoCo would write MUJOCO_LOG.TXT where it stands
+        super().__init__({k: Simulator(suite_name, k) for k in task_ids})
+
+
+def _reset(simulators, task_id, start):
+    return simulators[task_id].reset(start)
+
+
+def _run(simulators, task_id, state, actions, stop_at_success, record):
+    return simulators[task_id].run(state, actions, stop_at_success, record)
+
+
+def _render(simulators, task_id, frames, camera, height, width):
+    return simulators[task_id].render(frames, camera, height, width)
+
+
+class Workers:
+    """Simulator processes (worker_pool.py): a job that cannot be done comes back as a diverged chunk."""
+
+    def __init__(self, num_workers, suite_name, task_ids):
+        self.suite_name = suite_name
+        self.pool = WorkerPool(num_workers, TaskSimulators, suite_name, list(task_ids))
+
+    def reset(self, task_ids, starts):
+        """Start episodes. task_ids, starts: n each -> list of n states, observations (n, S)."""
+        states, observations = zip(*self.pool.map(_reset, list(task_ids), list(starts)))
+        return list(states), np.stack(observations)
+
+    def run(self, task_ids, states, actions, stop_at_success=False, record=False):
+        """`Simulator.run` for every row. actions: n arrays (T, 7) -> list of n `Chunk`."""
+        n = len(states)
+        chunks = self.pool.map(_run, list(task_ids), list(states), list(actions), [stop_at_success] * n, [record] * n)
+        return [self._lost(state, record) if c is None else c for state, c in zip(states, chunks)]
+
+    def _lost(self, state, record):
+        """What stands for a chunk whose simulator died: no step, and the episode has failed."""
+        return Chunk(
+            state=state,
+            observation=np.zeros(OBSERVATION_DIM[self.suite_name]),
+            success=np.zeros(0, dtype=bool),
+            diverged=True,
+            frames=np.zeros((1, 0)) if record else None,
+        )
+
+    def render(self, task_ids, frames, camera="agentview", height=256, width=256):
+        """Pictures for a list of recorded episodes, in parallel."""
+        n = len(frames)
+        return self.pool.map(_render, list(task_ids), frames, [camera] * n, [height] * n, [width] * n)
+
+    def close(self):
+        """Stop the processes at once."""
+        self.pool.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+def play_episodes(workers, task_ids, starts, act, record=False):
+    """Play one whole episode from every start, for evaluation. task_ids, starts: n each.
+
+    act(observations (n, S)) -> actions (n, T, 7) is asked for all n episodes at every decision, ended or not, so that the random
+    draws of one episode do not depend on how another goes. An episode ends at its first success, as LIBERO's protocol says.
+    Returns a dict of arrays (n,): success, length (steps to success, or the suite's limit), diverged, decisions; and frames, a list
+    of (steps, F) with record=True.
+    """
+    n, limit = len(task_ids), STEP_LIMIT[workers.suite_name]
+    task_ids = np.asarray(task_ids)
+    states, observations = workers.reset(task_ids, starts)
+    success, diverged = np.zeros(n, bool), np.zeros(n, bool)
+    length, decisions = np.zeros(n, int), np.zeros(n, int)
+    frames = [[] for _ in range(n)]
+    alive = np.arange(n)
+    while len(alive):
+        actions = act(observations)
+        now = [actions[i, : limit - length[i]] for i in alive]
+        chunks = workers.run(task_ids[alive], [states[i] for i in alive], now, stop_at_success=True, record=record)
+        for i, chunk in zip(alive, chunks):
+            success[i], diverged[i] = chunk.success.any(), chunk.diverged
+            states[i], observations[i] = chunk.state, chunk.observation
+            length[i] += len(chunk.success)
+            decisions[i] += 1
+            if record:
+                frames[i].append(chunk.frames[1:])
+        alive = np.array([i for i in alive if length[i] < limit and not diverged[i] and not success[i]], int)
+    frames = [np.concatenate(f) for f in frames] if record else None
+    return dict(success=success, length=length, diverged=diverged, decisions=decisions, frames=frames)
+
+
+class TrainingEnvs:
+    """Environments that start a new episode where one ends, for the rollout phase of Algorithm 1.
+
+    Environment i plays task task_ids[i mod len]. Each has its own generator of placements, seeded by (seed, index): the
+    sequence of its episodes depends neither on the other environments nor on the number of workers. No episode starts
+    from an official initial state.
+    """
+
+    def __init__(self, workers, task_ids, num_envs, seed):
+        self.workers = workers
+        self.limit = STEP_LIMIT[workers.suite_name]
+        self.task_ids = np.array([task_ids[i % len(task_ids)] for i in range(num_envs)])
+        # the leading 1 keeps training apart from demonstrations (2), whatever the seed
+        self.rngs = [np.random.default_rng([1, seed, i]) for i in range(num_envs)]
+        self.states, self.observations = workers.reset(self.task_ids, [self._start(i) for i in range(num_envs)])
+        self.steps = np.zeros(num_envs, dtype=np.int64)  # control steps of the running episode
+        self.decisions = np.zeros(num_envs, dtype=np.int64)  # chunks of the running episode
+        self.episodes = np.zeros(num_envs, dtype=np.int64)  # episodes ended so far
+
+    def _start(self, i):
+        return placed(self.rngs[i].integers(2**32))
+
+    def step(self, actions):
+        """Execute one chunk in every environment. actions: (n, T, 7).
+
+        Returns a dict of arrays: success (n,) reached in this chunk, num_steps (n,) really executed, terminated (n,)
+        by success or by diverged physics, truncated (n,) at the step limit, last_observation (n, S) before any reset,
+        episode_steps (n,) so far. `self.observations` is where the next decision starts.
+        """
+        within_limit = [a[: self.limit - t] for a, t in zip(actions, self.steps)]
+        chunks = self.workers.run(self.task_ids, self.states, within_limit, stop_at_success=True)
+        num_steps = np.array([len(c.success) for c in chunks])
+        success = np.array([bool(c.success.any()) for c in chunks])
+        diverged = np.array([c.diverged for c in chunks])
+        self.steps += num_steps
+        self.decisions += 1
+        terminated = success | diverged
+        truncated = ~terminated & (self.steps >= self.limit)
+        result = dict(
+            success=success,
+            num_steps=num_steps,
+            terminated=terminated,
+            truncated=truncated,
+            last_observation=np.stack([c.observation for c in chunks]),
+            episode_steps=self.steps.copy(),
+        )
+        self.states = [c.state for c in chunks]
+        self.observations = result["last_observation"].copy()
+        ended = np.flatnonzero(terminated | truncated)
+        if len(ended):
+            states, self.observations[ended] = self.workers.reset(self.task_ids[ended], [self._start(i) for i in ended])
+            for i, state in zip(ended, states):
+                self.states[i] = state
+            self.steps[ended] = self.decisions[ended] = 0
+            self.episodes[ended] += 1
+        return result
+
+    def state_dict(self):
+        """Everything that decides how the environments go on, as plain values and arrays."""
+        return dict(
+            states=np.concatenate(self.states), sizes=np.array([len(s) for s in self.states]), observations=self.observations,
+            steps=self.steps, decisions=self.decisions, episodes=self.episodes, rngs=[rng.bit_generator.state for rng in self.rngs],
+        )  # fmt: skip
+
+    def load_state_dict(self, state):
+        """Go on where `state_dict` was taken."""
+        for name in ("observations", "steps", "decisions", "episodes"):
+            setattr(self, name, np.array(state[name]))
+        self.states = np.split(np.array(state["states"]), np.cumsum(state["sizes"])[:-1])
+        for rng, rng_state in zip(self.rngs, state["rngs"]):
+            rng.bit_generator.state = rng_state
+
+
+if __name__ == "__main__":  # a quick look: does the simulator run here, and how fast?
+    import time
+
+    simulator = Simulator("libero_90", 56)
+    state, observation = simulator.reset(official(0))
+    simulator.run(state, np.zeros((10, ACTION_DIM)))  # numba compiles
+    start = time.perf_counter()
+    simulator.run(state, np.zeros((100, ACTION_DIM)))
+    print(f"one process: {100 / (time.perf_counter() - start):.0f} control steps/s")
+    print("rendering:", "available" if rendering_available() else "not available (no EGL)")

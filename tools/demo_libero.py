@@ -1,0 +1,435 @@
+"""The scripted, deliberately imperfect demonstrator of LIBERO's tasks: what the frozen base policies are cloned from.
+
+It works from the goal in the task's BDDL file: for every (on/in, object, place) it grasps the object from above, carries it
+and lets go. It knows all poses and shapes. Two distinct behaviours are mixed (D14): a *deep* grasp, which works, and a
+*short* grasp, which stops before and above the object, closes on nothing and carries nothing to the goal.
+
+    python tools/demo_libero.py --suite libero_90 --task-ids 56        # demos/libero_90_task56.npz
+    python tools/demo_libero.py --suite libero_goal                    # demos/libero_goal.npz, ten tasks
+    python tools/demo_libero.py --table                                # all 40 tasks from their official initial states
+
+Demonstrations start from placements drawn from the BDDL regions, never from an official initial state. What is executed
+has smooth noise on it and what is recorded is the clean command, so that a clone learns to recover (DART, arXiv 1703.09327).
+"""
+
+import csv
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import tyro
+from statsmodels.stats.proportion import proportion_confint
+from tqdm import tqdm
+
+from env_libero import (
+    FPS, OFFICIAL_STATES, STEP_LIMIT, TASKS, TaskSimulators, official, parse_task_ids, placed, rendering_available, suite,
+)  # fmt: skip
+from worker_pool import WorkerPool
+
+SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
+MODES = ("short grasp", "deep grasp")
+OPEN, CLOSED = -1.0, 1.0
+GAIN = 20.0  # of the position command: full speed (1) is 5 cm off
+# Grasped at the rim, so far from the centre (metres); everything else is grasped across its narrow side
+RIM = dict(akita_black_bowl=0.050, white_bowl=0.055, glazed_rim_porcelain_ramekin=0.040, porcelain_mug=0.040, white_yellow_mug=0.040,
+           red_coffee_mug=0.040)  # fmt: skip
+BELOW_TOP = dict(moka_pot=0.015, wine_bottle=0.05, black_book=0.03)  # grip height of some, metres below the top
+SHORT = np.array([-0.045, 0.0, 0.02])  # where the short grasp closes, from the upper end of the object
+
+
+class Demonstrator:
+    """The script of one episode, as a generator of actions: `next(demonstrator.actions)` looks at the simulator and acts."""
+
+    def __init__(self, simulator, deep):
+        """deep: whether the grasp of each goal in turn is deep (list of bool)."""
+        self.sim, self.env, self.data, self.deep = simulator, simulator.env, simulator.data, deep
+        self.turned = None  # rotation that the hand shall have
+        self.actions = self._script()
+
+    # ---- what it sees ----
+
+    @property
+    def hand(self):
+        return self.data.site_xpos[self.sim.site].copy()
+
+    @property
+    def hand_rotation(self):
+        return self.data.site_xmat[self.sim.site].reshape(3, 3)
+
+    def _box(self, name):
+        """Bounding box of an object: centre and half size in the world, its rotation, half size in its own frame."""
+        model, body = self.sim.model, self.env.obj_body_id[name]
+        low, high = np.full(3, 9.0), np.full(3, -9.0)
+        origin, rotation = self.data.xpos[body], self.data.xmat[body].reshape(3, 3)
+        for geom in np.flatnonzero(model.body_rootid[model.geom_bodyid] == model.body_rootid[body]):
+            if model.geom_contype[geom] == 0 and model.geom_conaffinity[geom] == 0:
+                continue
+            turn = rotation.T @ self.data.geom_xmat[geom].reshape(3, 3)
+            centre = rotation.T @ (self.data.geom_xpos[geom] - origin) + turn @ model.geom_aabb[geom, :3]
+            half = np.abs(turn) @ model.geom_aabb[geom, 3:]
+            low, high = np.minimum(low, centre - half), np.maximum(high, centre + half)
+        return origin + rotation @ ((low + high) / 2), np.abs(rotation) @ ((high - low) / 2), rotation, (high - low) / 2
+
+    def _grasp(self, name, tries):
+        """Grip point (3,), and the direction along which the fingers close."""
+        category = self.env.objects_dict[name].category_name
+        centre, half, rotation, own_half = self._box(name)
+        top, bottom = centre[2] + half[2], centre[2] - half[2]
+        if category in RIM:
+            across = rotation[:, 1] if "mug" in category else np.array([0.0, 1.0, 0.0])  # a mug's handle is along its x
+            across = across * [1, 1, 0] / np.linalg.norm(across[:2])
+            origin = self.data.xpos[self.env.obj_body_id[name]]
+            others = [self.data.xpos[body] for other, body in self.env.obj_body_id.items() if other != name]
+            clearance = [min(np.linalg.norm((origin + side * 0.09 * across - o)[:2]) for o in others) for side in (1, -1)]
+            side = 1 if clearance[0] >= clearance[1] else -1  # the side of the rim with more room, the other one next time
+            side = -side if tries % 2 else side
+            grip = origin + side * RIM[category] * across
+            grip[2] = max(top - 0.028, bottom + 0.015)
+            return grip, across, top
+        level = [i for i in range(3) if abs(rotation[2, i]) < 0.7]
+        axis = min(level, key=lambda i: own_half[i])
+        if len(level) == 2 and abs(own_half[level[0]] - own_half[level[1]]) < 0.012 and max(own_half[level]) < 0.037:
+            axis = max(level, key=lambda i: abs(rotation[:2, i] @ self.hand_rotation[:2, 0]))  # nearly square: turn little
+        grip, across = centre.copy(), rotation[:, axis]
+        grip[2] = max(bottom + 0.010, min(centre[2] + 0.01, top - 0.005)) if half[2] > 0.03 else max(bottom + 0.008, centre[2] - 0.004)
+        if category in BELOW_TOP:
+            grip[2] = top - BELOW_TOP[category]
+        if category == "moka_pot":  # its handle sticks out of the box
+            grip[:2], across = self.data.xpos[self.env.obj_body_id[name]][:2], rotation[:, 0]
+        return grip, across, top
+
+    # ---- what it does ----
+
+    def _move(self, target, gripper):
+        """One action towards a position, turning the hand as wanted on the way."""
+        action = np.zeros(7)
+        action[:3] = np.clip(GAIN * (target - self.hand), -1, 1)
+        if self.turned is not None:
+            error = 0.5 * np.cross(self.hand_rotation.T, self.turned.T).sum(0)  # rad
+            action[3:6] = np.clip(4 * error, -0.5, 0.5)
+        action[6] = gripper
+        return action
+
+    def _turn_to(self, across):
+        """Want the fingers to close along `across`, the hand pointing down, by the smaller turn."""
+        fingers = self.hand_rotation[:, 0]
+        now = np.arctan2(fingers[1], fingers[0])
+        yaw = now + (np.arctan2(across[1], across[0]) - now + np.pi / 2) % np.pi - np.pi / 2
+        x, z = np.array([np.cos(yaw), np.sin(yaw), 0.0]), np.array([0.0, 0.0, -1.0])
+        self.turned = np.stack([x, np.cross(z, x), z], 1)
+
+    def _script(self):
+        for goal, deep in zip(self.sim.goals, self.deep):
+            if len(goal) != 3:
+                continue  # drawers, knobs, doors: not covered
+            tries = 0
+            while not self.env._eval_predicate(goal) and tries < 8:
+                yield from self._fetch(goal, deep, tries)
+                tries += 1
+                if not deep:
+                    break
+            if not deep:
+                break  # this demonstrator does not look back
+        while True:
+            yield self._move(self.hand, OPEN)
+
+    def _fetch(self, goal, deep, tries):
+        """Grasp the object of a goal, carry it and let go; return early where the object was lost."""
+        name = goal[1]
+        grip, across, top = self._grasp(name, tries)
+        if not deep:
+            grip = np.r_[grip[:2], top] + SHORT
+        self._turn_to(across)
+        body = self.env.obj_body_id[name]
+        start_height = self.data.xpos[body][2]
+        height = lambda: self.data.xpos[body][2] - start_height
+
+        above = np.r_[grip[:2], grip[2] + 0.10]
+        if tries:
+            above[2] = max(above[2], self.hand[2])
+        for _ in range(70):
+            yield self._move(above, OPEN)
+            error = 0.5 * np.cross(self.hand_rotation.T, self.turned.T).sum(0)
+            if np.linalg.norm((self.hand - grip)[:2]) < 0.008 and np.linalg.norm(error) < 0.06:
+                break
+        for _ in range(25):
+            yield self._move(grip, OPEN)
+            if abs(self.hand[2] - grip[2]) < 0.006:
+                break
+        for _ in range(11):
+            yield self._move(grip, CLOSED)
+
+        place = self.sim.point(goal[2]).copy()
+        centre, half, *_ = self._box(name)
+        carry = max(place[2] + 0.16, grip[2] + 0.06, start_height + 0.08)
+        carry += self.hand[2] - (centre[2] - half[2]) if deep else 0
+        if place[2] - start_height < 0.15:
+            carry = min(carry, grip[2] + 0.35)
+        for _ in range(40):
+            yield self._move(np.r_[grip[:2], carry], CLOSED)
+            if deep and height() < 0.02 and self.hand[2] > grip[2] + 0.06:
+                return
+            if self.hand[2] > carry - 0.02:
+                break
+
+        held = lambda: (self.hand - self.data.xpos[body]) * [1, 1, 0] if deep else np.zeros(3)
+        for step in range(80):
+            place = self.sim.point(goal[2]).copy()
+            yield self._move(np.r_[(place + held())[:2], carry], CLOSED)
+            if deep and height() < 0.02 and step > 5:
+                return
+            if np.linalg.norm((self.hand - held() - place)[:2]) < 0.012:
+                break
+
+        surface = place[2] - (0.03 if goal[2] in self.env.object_sites_dict and goal[0] == "in" else 0)
+        heights = []
+        for _ in range(50 if deep else 8):
+            yield self._move(np.r_[(place + held())[:2], self.hand[2] - 0.03], CLOSED)
+            heights.append(self.hand[2])
+            centre, half, *_ = self._box(name)
+            if deep and (centre[2] - half[2] < surface + 0.025 or len(heights) > 8 and abs(heights[-6] - heights[-1]) < 0.004):
+                break
+        rest = self.hand
+        for _ in range(8):
+            yield self._move(rest, OPEN)
+        for _ in range(12):
+            yield self._move(self.hand + [0, 0, 0.08], OPEN)
+            if self.hand[2] > carry:
+                break
+
+
+def smooth_noise(rng, steps, amplitude):
+    """Noise of the executed commands, correlated over 5 steps; a third of it on the rotation, none on the gripper. -> (steps, 7)"""
+    noise, value = np.zeros((steps, 7)), np.zeros(7)
+    for t in range(steps):
+        value = 0.8 * value + amplitude * np.sqrt(1 - 0.8**2) * rng.normal(size=7)
+        noise[t] = value * [1, 1, 1, 0.3, 0.3, 0.3, 0]
+    return noise
+
+
+def demonstrate(simulators, task_id, start, deep, limit, idle, command_noise, seed, record):
+    """One episode. deep: per goal. -> observations (T, S), clean commands (T, 7), success, frames or None.
+
+    It ends at success, at `limit`, or after `idle` steps in which the script had nothing left to do.
+    """
+    simulator, rng = simulators[task_id], np.random.default_rng(seed)
+    state, observation = simulator.reset(start)
+    demonstrator = Demonstrator(simulator, deep)
+    noise = smooth_noise(rng, limit, rng.uniform(0, command_noise))
+    observations, commands, frames, waited = [], [], [], 0
+    for t in range(limit):
+        command = np.clip(next(demonstrator.actions), -1, 1)
+        chunk = simulator.run(state, np.clip(command + noise[t], -1, 1)[None], record=record)
+        if chunk.diverged:
+            return None
+        observations.append(observation)
+        commands.append(command)
+        if record:
+            frames.append(chunk.frames[-1])
+        state, observation = chunk.state, chunk.observation
+        waited = waited + 1 if np.abs(command[:3]).max() < 0.05 and command[6] == OPEN else 0
+        if chunk.success.any() or waited >= idle:
+            break
+    success = bool(chunk.success.any())
+    return np.array(observations, np.float32), np.array(commands, np.float32), success, np.array(frames) if record else None
+
+
+@dataclass
+class Args:
+    suite: Literal["libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"] = "libero_90"
+    """the suite"""
+    task_ids: str = "all"
+    """tasks of the suite: numbers with commas, or all"""
+    num_demos: int = 400
+    """number of demonstrations a task"""
+    seed: int = 0
+    """of placements, behaviours and noise"""
+    deep_share: float = 0.5
+    """share of deep grasps, 0 ... 1, where the object lies half-way"""
+    share_slope: float = 1.0
+    """the share is this much larger where the object lies farthest from the robot, smaller where nearest ..."""
+    share_limits: tuple[float, float] = (0.15, 0.85)
+    """... within these limits"""
+    command_noise: float = 0.3
+    """largest amplitude of the smooth noise on the executed commands (1 is full speed); none on the gripper"""
+    workers: int = 2
+    """simulator processes"""
+    out: Path | None = None
+    """where the demonstrations go; demos/<suite>.npz, or with _task<ids>, if left out"""
+    overwrite: bool = False
+    """replace an existing file"""
+    table: bool = False
+    """instead: deep grasps alone, from the official initial states of all 40 tasks; results/libero/demonstrators.csv"""
+    table_states: int = OFFICIAL_STATES
+    """initial states a task of --table"""
+    video: Path | None = None
+    """also write an mp4 with one episode of each behaviour (needs EGL)"""
+
+
+def interval(successes, n):
+    """'41.5 % [34.9, 48.4]': share with the Wilson interval."""
+    low, high = proportion_confint(successes, n, method="wilson")
+    return f"{100 * successes / n:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def covered(name, task_id):
+    """Whether every goal of a task is to put something somewhere, which is what the demonstrator can do."""
+    from libero.libero.envs.bddl_utils import robosuite_parse_problem
+
+    return all(len(goal) == 3 for goal in robosuite_parse_problem(suite(name).get_task_bddl_file_path(task_id))["goal_state"])
+
+
+def table(args):
+    """Success of the deep grasp over the official initial states of the 40 tasks, into results/libero/demonstrators.csv."""
+    out = Path("results/libero/demonstrators.csv")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for name in SUITES:
+        with WorkerPool(args.workers, TaskSimulators, name, range(TASKS[name])) as pool:
+            for k in range(TASKS[name]):
+                n = args.table_states
+                columns = [[k] * n, [official(i) for i in range(n)], [[True] * 9] * n, [STEP_LIMIT[name]] * n, [40] * n, [0.0] * n]
+                results = pool.map(demonstrate, *columns, [[2, args.seed, i] for i in range(n)], [False] * n)
+                good = [r is not None and r[2] for r in results]
+                steps = [len(r[1]) for r, g in zip(results, good) if g]
+                low, high = proportion_confint(sum(good), n, method="wilson")
+                rows.append(dict(suite=name, task_id=k, task=suite(name).get_task(k).name, pick_and_place_only=covered(name, k), episodes=n,
+                                 successes=sum(good), success=f"{sum(good) / n:.3f}", wilson_low=f"{low:.3f}", wilson_high=f"{high:.3f}",
+                                 mean_steps=f"{np.mean(steps):.0f}" if steps else ""))  # fmt: skip
+                print(f"{name:15} {k} {interval(sum(good), n):22} {rows[-1]['mean_steps']:>4} steps  {rows[-1]['task']}", flush=True)
+                part = out.with_suffix(".part")
+                with open(part, "w", newline="") as file:
+                    writer = csv.DictWriter(file, list(rows[0]))
+                    writer.writeheader()
+                    writer.writerows(rows)
+                part.replace(out)
+    print(f"wrote {out}")
+
+
+def make_demos(args, task_ids):
+    """Demonstrations of several tasks. -> dict of arrays, all steps one after the other: observations (N, S), actions (N, 7), and per
+    episode: length, task_id, success, deep; frames: one recorded episode of each behaviour, with its task."""
+    jobs = []
+    with WorkerPool(args.workers, TaskSimulators, args.suite, task_ids) as pool:
+        for k in task_ids:
+            rng = np.random.default_rng([2, args.seed, k, 0])  # 2: demonstrations; 1 is training
+            for i in range(args.num_demos):
+                jobs.append((k, placed(rng.integers(2**32)), [2, args.seed, k, i + 1]))
+        starts = pool.map(first_goals, [j[0] for j in jobs], [j[1] for j in jobs])
+        rng = np.random.default_rng([2, args.seed, 0, 0, 0])
+        columns = [[], [], [], [], [], [], [], []]
+        for k in task_ids:
+            mine = [i for i, job in enumerate(jobs) if job[0] == k]
+            x = np.array([starts[i][0] for i in mine])
+            low, high = np.quantile(x, [0.02, 0.98])
+            nearness = ((x - low) / max(high - low, 1e-3) * 2 - 1).clip(-1, 1)
+            goals = starts[mine[0]][1]
+            share = (args.deep_share + args.share_slope * nearness).clip(*args.share_limits) ** (1 / goals)
+            for i, p in zip(mine, share):
+                job = (k, jobs[i][1], list(rng.random(goals) < p), STEP_LIMIT[args.suite], 20, args.command_noise, jobs[i][2], False)
+                for column, value in zip(columns, job):
+                    column.append(value)
+        if args.video:
+            columns[7] = [i in (np.argmin([all(d) for d in columns[2]]), np.argmax([all(d) for d in columns[2]])) for i in range(len(jobs))]
+        size, results = 4 * args.workers, []
+        for i in tqdm(range(0, len(jobs), size), desc="demonstrations"):
+            results += pool.map(demonstrate, *[column[i : i + size] for column in columns])
+    kept = [i for i, r in enumerate(results) if r is not None]
+    pick = lambda c: [results[i][c] for i in kept]
+    demos = dict(observations=np.concatenate(pick(0)), actions=np.concatenate(pick(1)), length=np.array([len(a) for a in pick(1)]),
+                 success=np.array(pick(2)), task_id=np.array([columns[0][i] for i in kept]), deep=np.array([all(columns[2][i]) for i in kept]))  # fmt: skip
+    return demos, [(columns[0][i], results[i][3]) for i in kept if results[i][3] is not None]
+
+
+def first_goals(simulators, task_id, start):
+    """x of the first goal's object at an episode's start, and the number of goals."""
+    simulator = simulators[task_id]
+    simulator.reset(start)
+    return simulator.point(simulator.goals[0][1])[0], len(simulator.goals)
+
+
+def check(args):
+    """What is wrong with the command line, in one sentence, or None."""
+    for flag in ("num_demos", "workers", "table_states"):
+        if getattr(args, flag) < 1:
+            return f"--{flag.replace('_', '-')} is {getattr(args, flag)}: give 1 or more."
+    if args.table_states > OFFICIAL_STATES:
+        return f"--table-states is {args.table_states}: a task has {OFFICIAL_STATES}."
+    if args.seed < 0:
+        return f"--seed is {args.seed}: give 0 or more."
+    if not 0 <= args.deep_share <= 1:
+        return f"--deep-share is {args.deep_share}: give a share from 0 to 1."
+    if not 0 <= args.command_noise <= 1:
+        return f"--command-noise is {args.command_noise}: give a number from 0 to 1."
+    if not -10 <= args.share_slope <= 10:
+        return f"--share-slope is {args.share_slope}: give a number from -10 to 10."
+    low, high = args.share_limits
+    if not 0 <= low <= high <= 1:
+        return f"--share-limits is {low} {high}: give two shares from 0 to 1, the smaller one first."
+    if args.out and args.out.exists() and not args.overwrite:
+        return f"--out {args.out} exists: give another path, or --overwrite to replace it."
+    if args.video and args.video.suffix != ".mp4":
+        return f"--video is {args.video}: give a path that ends in .mp4."
+    if not rendering_available():
+        return "LIBERO needs OpenGL (EGL) even without pictures: install libegl1."
+
+
+def run(args, task_ids):
+    """Make the demonstrations of `args`, print their success and write them to args.out (and args.video)."""
+    demos, films = make_demos(args, task_ids)
+    settings = {k: v for k, v in vars(args).items() if k not in ("workers", "out", "overwrite", "video", "table", "table_states")}
+    values = {k: " ".join(map(str, v)) if isinstance(v, tuple) else v for k, v in settings.items()}
+    flags = [f"--{k.replace('_', '-')} {v}" for k, v in values.items()]
+    settings["command"] = " ".join(["python tools/demo_libero.py", *flags, f"--out {args.out.as_posix()}"])
+    settings["success"] = {}
+    for k in task_ids:
+        for deep, name in ((False, "with a short grasp"), (True, "deep grasps"), (None, "all")):
+            chosen = (demos["task_id"] == k) & (demos["deep"] == deep if deep is not None else True)
+            if n := int(chosen.sum()):
+                good = int(demos["success"][chosen].sum())
+                print(f"task {k:2d} {name:18s} {n:5d} demonstrations: {interval(good, n)}")
+                settings["success"][f"task {k}, {name}"] = dict(n=n, success=round(good / n, 4))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    part = args.out.with_suffix(".part.npz")
+    np.savez_compressed(part, settings=json.dumps(settings), **demos)
+    part.replace(args.out)
+    print(f"wrote {args.out}")
+    if args.video:
+        import imageio.v2 as imageio  # ffmpeg, for this flag only
+
+        simulators = TaskSimulators(args.suite, {k for k, _ in films})
+        args.video.parent.mkdir(parents=True, exist_ok=True)
+        pictures = np.concatenate([simulators[k].render(frames[::2]) for k, frames in films])
+        imageio.mimwrite(args.video, pictures, fps=FPS // 2, macro_block_size=1)
+        print(f"wrote {args.video}")
+
+
+def main():
+    args = tyro.cli(Args, description=__doc__)
+    problem = check(args)
+    try:
+        task_ids = parse_task_ids(args.suite, args.task_ids)
+    except ValueError as error:
+        problem = problem or str(error)
+    if problem:
+        print(problem, file=sys.stderr)
+        sys.exit(2)
+    if args.table:
+        return table(args)
+    if args.out is None:
+        args.out = Path("demos") / (f"{args.suite}.npz" if args.task_ids == "all" else f"{args.suite}_task{args.task_ids.replace(',', '_')}.npz")
+    if args.out.exists() and not args.overwrite:
+        print(f"--out {args.out} exists: give another path, or --overwrite to replace it.", file=sys.stderr)
+        sys.exit(2)
+    run(args, task_ids)
+
+
+if __name__ == "__main__":
+    main()

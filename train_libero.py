@@ -1,0 +1,506 @@
+"""Flow Policy Optimization (FPO) on LIBERO: Algorithm 1 of arXiv 2510.09976, top to bottom.
+
+    python train_libero.py --seed 1                                        # butter/tray, the paper's ablation task
+    python train_libero.py --suite libero_goal --seed 1                    # one actor over the tasks of a suite
+    python train_libero.py --resume runs/<name>                            # go on after an interruption, bit for bit
+    python train_libero.py --suite libero_goal --eval-only                 # the suite's table; with --checkpoint the tuned actor too
+
+A frozen base policy turns noise into an action chunk. The actor π_θ, a small flow, learns which noise to send. Its
+parts stand in fpo_actor.py, fpo_critic.py, fpo_loss.py and fpo_buffer.py; here they are wired together, as in train_aloha.py.
+"""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers inherit it; the parent sets its own threads below
+
+import hashlib
+import math
+import signal
+import sys
+import time
+from collections import deque
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+import env_libero
+from base_flow import FlowBase
+from env_libero import OFFICIAL_STATES, STEP_LIMIT, TASKS, TrainingEnvs, Workers, official, parse_task_ids, play_episodes
+from fpo_actor import FlowActor, draw_flow_noise
+from fpo_buffer import TrajectoryBuffer
+from fpo_critic import QEnsemble, critic_loss, fresh_value, gae, polyak_update, stored_value, td_target
+from fpo_loss import fpo_loss
+from run_files import (
+    CsvLog, check_args, load_checkpoint, new_run_folder, rate, resumed_args, save_checkpoint, stop, wilson, write_args,
+    write_arrays, write_side_by_side, write_table,
+)  # fmt: skip
+
+FRESH_LATENTS = 4  # J of D5
+
+
+@dataclass
+class Args:
+    suite: Literal["libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"] = "libero_90"
+    """the suite of tasks"""
+    task_ids: str | None = None
+    """tasks of the suite: numbers with commas, or all; 56 (butter/tray) for libero_90 and all for the others if left out"""
+    seed: int = 1
+    """seed of the actor, the critics, every draw and the training episodes"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where the networks run; auto takes CUDA where there is one"""
+    total_env_steps: int = 400_000
+    """control steps of training, evaluation not counted"""
+    num_envs: int = 32
+    """parallel environments"""
+    num_workers: int = min(os.cpu_count() or 1, 16)
+    """simulator processes; the results do not depend on it"""
+    rollout_decisions: int = 10
+    """T_rollout of Algorithm 1: latent chunks an environment and iteration"""
+    window: int = 1
+    """iterations that the trajectory buffer keeps (D10)"""
+    critic_warmup: int = 3
+    """first iterations that train the critics only (D11)"""
+    critic_epochs: int = 12
+    """passes of the critics over the buffer an iteration (D11)"""
+    actor_epochs: int = 4
+    """K_update of Algorithm 1: passes of the actor over the buffer an iteration"""
+    minibatch_size: int = 160
+    """samples of one gradient step"""
+    actor_lr: float = 3e-4
+    """learning rate of θ (Adam)"""
+    anneal_lr: bool = True
+    """let the actor's learning rate fall linearly to 0 over the run"""
+    critic_lr: float = 1e-3
+    """learning rate of φ (Adam)"""
+    beta: float = 0.2
+    """β of Eq. 3, sharpness of the ratio"""
+    clip_eps: float = 0.2
+    """ε of Eq. 4"""
+    no_clip: bool = False
+    """leave the clip of Eq. 4 out (Table II)"""
+    explore_steps: int = 0
+    """K of Eq. 7, latent exploration steps in training (D6)"""
+    explore_eta: float = 0.05
+    """η of Eq. 7, their size"""
+    explore_grid: Literal["midpoint", "end"] = "midpoint"
+    """τ^(k) of Eq. 7: (k + 1/2)/K or (k + 1)/K (D6)"""
+    flow_steps: int = 8
+    """steps in which the actor's flow is integrated"""
+    num_draws: int = 16
+    """N, draws of (u, ε) behind every CFM loss (D3)"""
+    num_critics: int = 5
+    """M, members of the ensemble"""
+    tau: float = 0.05
+    """Polyak step of the target critics"""
+    gamma: float = 0.999
+    """γ of Eq. 1, an environment step"""
+    gae_lambda: float = 0.95
+    """λ of GAE, a decision"""
+    value_latents: Literal["fresh", "stored"] = "fresh"
+    """latents behind V(s): fresh samples, or the executed one as the paper says (D5)"""
+    ratio: Literal["standardized", "raw"] = "standardized"
+    """ρ of Eq. 3, or exp(Δℓ) as in McAllister et al."""
+    sigma_floor: float | None = None
+    """least σ_Δ in Eq. 3; 2β/D if left out (D2)"""
+    self_anchor: float = 1.0
+    """κ, weight of the self-anchor; 0 is off (D4)"""
+    prior_anchor: float = 0.0
+    """κ_0, weight of the prior anchor on x ~ N(0, I); 0 is off (D4)"""
+    velocity_anchor: float = 0.1
+    """κ_v, weight of |v_θ - v*|², which keeps the actor's field near that of N(0, I); 0 is off (D4)"""
+    drift_limit: float = 0.0
+    """end the actor's epochs when |μ_Δ| or σ_Δ passes this; 0 is off (D4)"""
+    loss_cap: float = 0.0
+    """no push on A < 0 where ℓ exceeds the cached one by this; 0 is off (D4)"""
+    advantage_limit: float = 0.0
+    """standardised advantages below minus this count as minus this; 0 is off (D4)"""
+    latent_dim: int | None = None
+    """D, components of the base's noise that the actor steers, the first ones; all if left out (D12)"""
+    shuffle_advantages: bool = False
+    """permute the advantages: a control that must not learn (D14)"""
+    literal: bool = False
+    """the paper to the letter: σ floor 1e-8, no stabiliser, stored value latents"""
+    base: Literal["embedded"] = "embedded"
+    """the frozen base policy π_0: the small flow policy that ships in weights/"""
+    weights: str | None = None
+    """the embedded base's file; weights/<suite>.safetensors (libero_90: with _task56) beside this script if left out"""
+    eval_every: int = 50_000
+    """control steps between evaluations"""
+    eval_episodes: int = OFFICIAL_STATES
+    """episodes a task of the first and the last evaluation, one an official initial state; those between play half of them"""
+    eval_only: bool = False
+    """evaluate and end; with --checkpoint the tuned actor too"""
+    checkpoint: str | None = None
+    """the checkpoint to evaluate, for --eval-only"""
+    video: bool = False
+    """write videos of base and tuned actor from the same initial states (needs EGL)"""
+    run_name: str | None = None
+    """folder below runs/; <task>__seed<seed>__<time> if left out"""
+    resume: str | None = None
+    """run folder to continue; all flags come from there"""
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
+    if args.resume:
+        args = resumed_args(args)
+    if args.literal:
+        args.sigma_floor, args.value_latents = 1e-8, "stored"
+        args.self_anchor = args.prior_anchor = args.drift_limit = args.loss_cap = 0.0
+        args.velocity_anchor = args.advantage_limit = 0.0
+    check_args(args)
+    if not env_libero.rendering_available():
+        stop("LIBERO needs OpenGL even without pictures, and EGL was not found; install it (Debian: apt-get install libegl1 libgl1)")
+    if args.task_ids is None:
+        args.task_ids = "56" if args.suite == "libero_90" else "all"
+    if args.eval_episodes > OFFICIAL_STATES:
+        stop(f"--eval-episodes is {args.eval_episodes}; a task has {OFFICIAL_STATES} official initial states, give at most that")
+    try:
+        task_ids = parse_task_ids(args.suite, args.task_ids)
+    except ValueError as error:
+        stop(str(error))
+    task = f"libero_90_task{args.task_ids.replace(',', '_')}" if args.suite == "libero_90" else args.suite  # the base's name for it
+    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(1)  # more for the update only: waiting threads of torch spin, and would take the workers' cores
+
+    # ---- frozen base π_0, actor π_θ, critics Q_φ, targets Q_φ̄, buffer B (Algorithm 1, line 1) ----
+    weights = args.weights or Path(__file__).parent / "weights" / f"{task}.safetensors"
+    try:
+        base = FlowBase.load(weights, device=device, task=task)
+    except ValueError as error:
+        stop(f"--weights: {error}")
+    covered = [k for k in task_ids if k in base.header["task_ids"]]  # the others appear in the tables as what they are: not cloned
+    if not covered:
+        stop(f"--task-ids is {args.task_ids}, but the base in {weights} was cloned on the tasks {base.header['task_ids']} alone; name some of them")
+    weights_sha256 = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
+    D = args.latent_dim or base.latent_dim
+    if D > base.latent_dim:
+        stop(f"--latent-dim is {D}, but the base in {weights} has {base.latent_dim} latent dimensions; give at most that")
+    sigma_floor = 2 * args.beta / D if args.sigma_floor is None else args.sigma_floor  # D2
+    torch.manual_seed(args.seed)
+    actor = FlowActor(base.state_dim, D).to(device)
+    critic, target = (QEnsemble(base.state_dim, D, args.num_critics).to(device) for _ in range(2))
+    target.load_state_dict(critic.state_dict())
+    actor_optimizer = torch.optim.Adam(actor.parameters(), args.actor_lr)
+    critic_optimizer = torch.optim.Adam(critic.parameters(), args.critic_lr)
+    buffer = TrajectoryBuffer(args.window)
+    generator = torch.Generator(device).manual_seed(args.seed)  # every draw of training
+    iteration = env_steps = 0
+    recent, seconds, evaluations = deque(maxlen=100), 0.0, []
+
+    if args.checkpoint or args.resume:
+        flag, path = ("--checkpoint", args.checkpoint) if args.eval_only else ("--resume", Path(args.resume) / "last.pt")
+        saved = load_checkpoint(path, flag, task, device)
+        if saved["latent_dim"] != D or saved["weights_sha256"] != weights_sha256:
+            stop(f"{flag}: {path} was trained on another base or latent dimension than {weights}; name that base with --weights")
+        actor.load_state_dict(saved["actor"])
+        env_steps = saved["env_steps"]
+
+    # ---- run folder ----
+    run_name = args.run_name or f"{task}__seed{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(args.resume) if args.resume else new_run_folder(run_name)
+    if not args.resume:
+        write_args(folder, args)
+    METRICS = (
+        "iteration charts/env_steps charts/success charts/return charts/episode_length charts/success_length charts/SPS "
+        "charts/rollout_seconds charts/update_seconds eval/success eval/success_low eval/success_high eval/length eval/success_length eval/episodes "
+        "losses/actor losses/critic losses/ratio_mean losses/ratio_std losses/clip_fraction losses/floor_share "
+        "losses/delta_mean losses/delta_std losses/cfm_loss losses/actor_steps critic/q_mean critic/q_spread "
+        "critic/explained_variance critic/advantage_std latent/norm latent/std latent/mean_abs latent/explore_shift"
+    ).split()
+    EPISODES = "policy env_steps task_id episode success length diverged".split()
+    keep = (saved["metric_rows"], saved["episode_rows"]) if args.resume else (None, None)
+    metrics_log = CsvLog(folder / "metrics.csv", METRICS, keep[0])
+    episode_log = CsvLog(folder / "eval.csv", EPISODES, keep[1])
+    scalars = SummaryWriter(folder, purge_step=saved["env_steps"] + 1 if args.resume else None)
+    latents = {key: [] for key in ("x0", "xK", "env_steps", "task_id", "episode", "chunk", "success")}  # for latents.npz
+    if args.resume and (folder / "latents.npz").exists():
+        with np.load(folder / "latents.npz") as file:
+            known = file["env_steps"] <= saved["env_steps"]
+            latents = {key: [file[key][known]] for key in latents}
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    workers = Workers(args.num_workers, args.suite, covered)
+
+    @torch.no_grad()
+    def evaluate(policy, num_episodes, record=False, log=True):
+        """Play `num_episodes` official initial states of every task with `policy` ("base", "zero latents" or "tuned"). No exploration."""
+        tasks, episodes = np.repeat(covered, num_episodes), np.tile(np.arange(num_episodes), len(covered))
+        noise = torch.Generator(device).manual_seed(0)  # the same at every evaluation
+        drawn = []
+        progress = tqdm(desc=f"evaluate {policy}", total=math.ceil(STEP_LIMIT[args.suite] / base.chunk_steps), leave=False, mininterval=mininterval)
+
+        def act(observations):
+            progress.update()
+            s, context = base.encode(torch.as_tensor(observations, dtype=torch.float32, device=device))
+            if policy == "tuned":
+                x = actor.sample(s, args.flow_steps, noise)
+            else:  # the base itself takes N(0, I), which is what the untrained actor gives exactly (D7)
+                x = torch.randn(len(s), D, generator=noise, device=device) * (policy == "base")
+            drawn.append((x.cpu(), actor.explore(x, s, args.explore_steps, args.explore_eta, args.explore_grid).cpu()))
+            return base.decode(context, base.to_noise(x, noise)).cpu().numpy()
+
+        result = play_episodes(workers, tasks, [official(i) for i in episodes], act, record)
+        result.update(policy=policy, env_steps=env_steps * (policy == "tuned"), drawn=drawn, task_id=tasks, episode=episodes)
+        progress.close()
+        for i in range(len(tasks) if log else 0):
+            row = {key: int(result[key][i]) for key in ("task_id", "episode", "success", "length", "diverged")}
+            episode_log.write(dict(row, policy=policy, env_steps=result["env_steps"]))
+        return result
+
+    def log_latents(result, episodes=50):
+        """Add the latents of some episodes of an evaluation to latents.npz, spread over the tasks."""
+        some = np.flatnonzero(result["episode"] < math.ceil(episodes / len(covered)))
+        for chunk, (x_0, x_K) in enumerate(result["drawn"]):
+            i = some[result["decisions"][some] > chunk]
+            columns = (x_0[i], x_K[i], np.full(len(i), result["env_steps"]), result["task_id"][i], result["episode"][i],
+                       np.full(len(i), chunk), result["success"][i])  # fmt: skip
+            for key, column in zip(latents, columns):
+                latents[key].append(np.asarray(column))
+        write_arrays(folder / "latents.npz", {key: np.concatenate(parts) for key, parts in latents.items()})
+
+    def save(name):
+        """Everything that decides how the run goes on."""
+        envs_state = envs.state_dict()
+        for key, value in envs_state.items():
+            envs_state[key] = torch.as_tensor(value) if isinstance(value, np.ndarray) else value
+        save_checkpoint(folder / name, dict(
+            task=task, latent_dim=D, weights_sha256=weights_sha256, iteration=iteration, env_steps=env_steps, seconds=elapsed(),
+            actor=actor.state_dict(), critic=critic.state_dict(), target=target.state_dict(),
+            actor_optimizer=actor_optimizer.state_dict(), critic_optimizer=critic_optimizer.state_dict(),
+            buffer=buffer.iterations, generator=generator.get_state(), envs=envs_state, recent=list(recent),
+            evaluations=evaluations, metric_rows=metrics_log.rows, episode_rows=episode_log.rows,
+        ))  # fmt: skip
+
+    def summary(result):
+        by_task = {k: [int(result["success"][result["task_id"] == k].sum()), int((result["task_id"] == k).sum())] for k in covered}
+        return dict(policy=result["policy"], env_steps=result["env_steps"], episodes=len(result["success"]),
+                    success=int(result["success"].sum()), by_task=by_task)  # fmt: skip
+
+    mininterval = 0.5 if sys.stderr.isatty() else 30.0
+    start = time.perf_counter()
+
+    def elapsed():
+        return seconds + time.perf_counter() - start
+
+    try:
+        # ---- the untouched base first, before any update ----
+        videos = {}
+        if args.eval_only or not args.resume:
+            for policy in ("base", "zero latents") + (("tuned",) if args.checkpoint else ()):
+                videos[policy] = evaluate(policy, args.eval_episodes, record=args.video)
+                evaluations.append(summary(videos[policy]))
+                e = evaluations[-1]
+                print(f"{policy:12} {rate(e['success'], e['episodes'])}", flush=True)
+            log_latents(videos["base"])
+        if not args.eval_only:
+            envs = TrainingEnvs(workers, covered, args.num_envs, args.seed)
+            if args.resume:
+                critic.load_state_dict(saved["critic"])
+                target.load_state_dict(saved["target"])
+                actor_optimizer.load_state_dict(saved["actor_optimizer"])
+                critic_optimizer.load_state_dict(saved["critic_optimizer"])
+                buffer.iterations = saved["buffer"]
+                generator.set_state(saved["generator"].cpu())
+                envs.load_state_dict({k: v.cpu().numpy() if torch.is_tensor(v) else v for k, v in saved["envs"].items()})
+                recent.extend(saved["recent"])
+                iteration, seconds, evaluations = (saved[k] for k in ("iteration", "seconds", "evaluations"))
+            else:
+                save("last.pt")
+            bar = tqdm(total=args.total_env_steps, initial=env_steps, unit="step", unit_scale=True, mininterval=mininterval, smoothing=0.1)
+
+        # ---- for each iteration (line 2) ----
+        while not args.eval_only and env_steps < args.total_env_steps:
+            iteration, steps_before = iteration + 1, env_steps
+            clock = time.perf_counter()
+            lengths, success_lengths, returns = [], [], []
+
+            # ---- rollout phase (lines 3-12); θ_old is θ, for nothing changes it here ----
+            rows = []
+            for t in range(args.rollout_decisions):
+                s, context = base.encode(torch.as_tensor(envs.observations, dtype=torch.float32, device=device))  # line 6
+                x_0 = actor.sample(s, args.flow_steps, generator)  # line 7: x^(0) ~ π_θ(· | s)
+                x_K = actor.explore(x_0, s, args.explore_steps, args.explore_eta, args.explore_grid)  # Eq. 7
+                a = base.decode(context, base.to_noise(x_K, generator))  # line 8
+                step = envs.step(a.cpu().numpy())  # line 9
+                # D8: reward 1 at the first success; a decision's reward is Σ_{j<h'} γ^j r_{t+j}, its bootstrap factor γ^h'
+                r = step["success"] * args.gamma ** (step["num_steps"] - 1.0)
+                ended = step["terminated"] | step["truncated"]
+                s_next, _ = base.encode(torch.as_tensor(step["last_observation"], dtype=torch.float32, device=device))
+                column = lambda values: torch.as_tensor(values, dtype=torch.float32, device=device)
+                rows.append(dict(s=s, x0=x_0, x=x_K, s_next=s_next, r=column(r), discount=column(args.gamma ** step["num_steps"]),
+                                 terminated=column(step["terminated"]), ended=column(ended)))  # fmt: skip
+                for i in np.flatnonzero(ended):
+                    recent.append(float(step["success"][i]))
+                    lengths.append(step["episode_steps"][i])
+                    if step["success"][i]:
+                        success_lengths.append(step["episode_steps"][i])
+                    # Eq. 1: Σ_t γ^t r_t, with one reward at the first success
+                    returns.append(step["success"][i] * args.gamma ** (step["episode_steps"][i] - 1.0))
+                env_steps += int(step["num_steps"].sum())
+                bar.update(int(step["num_steps"].sum()))
+                bar.set_postfix(success=f"{np.mean(recent):.2f}" if recent else "-", refresh=False)
+            batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}  # (T, E, …)
+            T, E = batch["r"].shape
+            u, eps = draw_flow_noise(T * E, args.num_draws, D, generator, device)
+            with torch.no_grad():  # line 10: ℓ_init = ℓ_cfm(x | s; θ_old), with the draws that Eq. 2 will use again (D3)
+                cfm_init = actor.cfm_loss(batch["x"].flatten(0, 1), batch["s"].flatten(0, 1), u, eps)
+            batch.update(u=u.view(T, E, -1), eps=eps.view(T, E, args.num_draws, D), cfm_init=cfm_init.view(T, E))
+            buffer.push(batch)  # line 11
+            rollout_seconds = time.perf_counter() - clock
+            clock = time.perf_counter()
+            torch.set_num_threads(min(os.cpu_count() or 1, 4))
+
+            # ---- update phase (lines 13-28); D13: first all critic epochs, then the advantages once, then the actor ----
+            s, s_next, x, x0 = (buffer.flat(key) for key in ("s", "s_next", "x", "x0"))
+            r, discount, terminated, age = buffer.flat("r"), buffer.flat("discount"), buffer.flat("terminated"), buffer.age().to(device)
+            n = len(r)
+            # lines 17-18: x' ~ π_θ(· | s'); θ rests during the critic epochs, so J latents a state serve Eq. 5 and V (D5)
+            fresh = actor.sample(torch.cat([s, s_next]).repeat_interleave(FRESH_LATENTS, 0), args.flow_steps, generator)
+            x_fresh, x_next_fresh = fresh.view(2, n, FRESH_LATENTS, D)
+            for epoch in range(args.critic_epochs):
+                for i in torch.randperm(n, generator=generator, device=device).split(args.minibatch_size):
+                    j = torch.randint(FRESH_LATENTS, (len(i),), generator=generator, device=device)
+                    y = td_target(target, r[i], discount[i], terminated[i], s_next[i], x_next_fresh[i, j])  # line 19, Eq. 5
+                    loss_critic = critic_loss(critic, s[i], x[i], y)  # line 20, Eq. 6
+                    critic_optimizer.zero_grad()
+                    loss_critic.backward()
+                    critic_optimizer.step()
+                    polyak_update(target, critic, args.tau)  # line 21
+
+            # line 26: V and GAE on whole trajectories, one iteration of the window after the other
+            v, v_next = fresh_value(critic, s, x_fresh), fresh_value(critic, s_next, x_next_fresh)
+            if args.value_latents == "stored":  # D5: V(s_t) = Q(s_t, x_t), with a fresh latent only where none is stored
+                v = stored_value(critic, s, x)
+            adv = []
+            for b, v_b, v_next_b in zip(buffer.iterations, v.split(T * E), v_next.split(T * E)):
+                v_b, v_next_b = v_b.view(T, E), v_next_b.view(T, E)
+                if args.value_latents == "stored":
+                    v_next_b = torch.cat([torch.where(b["ended"][:-1] > 0, v_next_b[:-1], v_b[1:]), v_next_b[-1:]])
+                adv.append(gae(b["r"], v_b, v_next_b, b["discount"], b["terminated"], b["ended"], args.gae_lambda).flatten())
+            adv = torch.cat(adv)
+            explained_variance = 1 - adv.var() / (adv + v).var().clamp_min(1e-8)
+            if args.shuffle_advantages:
+                adv = adv[torch.randperm(n, generator=generator, device=device)]
+
+            # lines 22-27: the actor
+            if args.anneal_lr:  # late steps would only move the latents about: the drift of D4
+                actor_optimizer.param_groups[0]["lr"] = args.actor_lr * max(0.0, 1 - steps_before / args.total_env_steps)
+            u, eps, cfm_init = buffer.flat("u"), buffer.flat("eps"), buffer.flat("cfm_init")
+            infos, drifted = [], iteration <= args.critic_warmup
+            for epoch in range(args.actor_epochs):
+                for i in torch.randperm(n, generator=generator, device=device).split(args.minibatch_size):
+                    if drifted or len(i) < 2:
+                        break
+                    cfm, departure = actor.cfm_loss(x[i], s[i], u[i], eps[i], with_departure=True)  # line 23, ℓ_cfm(x | s; θ)
+                    apart = args.self_anchor > 0 and args.explore_steps > 0  # D6: the anchor is on x^(0), not on x^(K)
+                    cfm_anchor = actor.cfm_loss(x0[i], s[i], u[i], eps[i]) if apart else None
+                    cfm_prior = None
+                    if args.prior_anchor > 0:
+                        x_prior = torch.randn(len(i), D, generator=generator, device=device)
+                        cfm_prior = actor.cfm_loss(x_prior, s[i], u[i], eps[i])
+                    loss_actor, info = fpo_loss(  # lines 23-27: Eq. 2, 3, 4
+                        cfm, cfm_init[i], adv[i], args.beta, args.clip_eps, sigma_floor, args.ratio, age[i], not args.no_clip,
+                        args.self_anchor, cfm_anchor, args.prior_anchor, cfm_prior, args.loss_cap, args.advantage_limit,
+                        args.velocity_anchor, departure,
+                    )  # fmt: skip
+                    infos.append(dict(info, actor=loss_actor.detach()))
+                    drift = max(info["delta_mean"].abs().item(), info["delta_std"].item())
+                    if args.drift_limit > 0 and drift > args.drift_limit:  # D4: the KL stop of this algorithm
+                        drifted = True
+                        break
+                    actor_optimizer.zero_grad()
+                    loss_actor.backward()
+                    torch.nn.utils.clip_grad_norm_(actor.parameters(), 1.0)
+                    actor_optimizer.step()
+            if not (math.isfinite(loss_critic.item()) and all(torch.isfinite(info["actor"]) for info in infos)):
+                stop(f"a loss became NaN or infinite in iteration {iteration}; the last good checkpoint is {folder / 'last.pt'}. "
+                     "Try a lower --actor-lr, or a stabiliser: --self-anchor 1, --drift-limit 0.05", code=1)  # fmt: skip
+            update_seconds = time.perf_counter() - clock
+            torch.set_num_threads(1)
+
+            # ---- log ----
+            with torch.no_grad():
+                q = critic(s, x)
+            mean = lambda values: float(np.mean(values)) if len(values) else ""
+            row = {"iteration": iteration, "charts/env_steps": env_steps, "charts/success": mean(recent), "charts/return": mean(returns),
+                   "charts/episode_length": mean(lengths), "charts/success_length": mean(success_lengths),
+                   "charts/SPS": T * E * base.chunk_steps / (rollout_seconds + update_seconds), "charts/rollout_seconds": rollout_seconds,
+                   "charts/update_seconds": update_seconds, "losses/critic": loss_critic.item() / args.num_critics,
+                   "losses/actor_steps": len(infos), "critic/q_mean": q.mean().item(), "critic/q_spread": q.std(0).mean().item(),
+                   "critic/explained_variance": explained_variance.item(), "critic/advantage_std": adv.std().item(),
+                   "latent/norm": batch["x"].norm(dim=-1).mean().item(), "latent/std": batch["x"].flatten(0, 1).std(0).mean().item(),
+                   "latent/mean_abs": batch["x"].mean((0, 1)).abs().mean().item(),
+                   "latent/explore_shift": (batch["x"] - batch["x0"]).norm(dim=-1).mean().item()}  # fmt: skip
+            for key in ("actor", "ratio_mean", "ratio_std", "clip_fraction", "floor_share", "delta_mean", "delta_std", "cfm_loss"):
+                row[f"losses/{key}"] = torch.stack([info[key] for info in infos]).mean().item() if infos else ""
+
+            # ---- evaluate on the states that training never sees ----
+            last = env_steps >= args.total_env_steps
+            due = last or env_steps // args.eval_every > steps_before // args.eval_every
+            if due:
+                result = evaluate("tuned", args.eval_episodes if last else max(1, args.eval_episodes // 2), record=args.video and last)
+                evaluations.append(e := summary(result))
+                row["eval/success"], row["eval/episodes"] = e["success"] / e["episodes"], e["episodes"]
+                row["eval/success_low"], row["eval/success_high"] = wilson(e["success"], e["episodes"])
+                row["eval/length"], row["eval/success_length"] = mean(result["length"]), mean(result["length"][result["success"]])
+                log_latents(result)
+                bar.write(f"{env_steps:9,d} steps  {elapsed() / 60:5.1f} min  tuned {rate(e['success'], e['episodes'])}")
+                videos["tuned"] = result
+            metrics_log.write(row)
+            for key, value in row.items():
+                if value != "" and key != "iteration":
+                    scalars.add_scalar(key, value, env_steps)
+            save("last.pt")
+            if due:
+                save(f"step{env_steps:08d}.pt")
+    except KeyboardInterrupt:
+        workers.close()
+        saved_one = (folder / "last.pt").exists()
+        print(f"\nstopped. To go on: python train_libero.py --resume {folder}" if saved_one else "\nstopped before the first checkpoint", file=sys.stderr)
+        raise SystemExit(130)
+
+    # ---- the result, laid out as Table I: a column a policy, the same initial states in each ----
+    final = {e["policy"]: e for e in evaluations}  # the last one of each
+    names = [p for p in ("base", "zero latents", "tuned") if p in final]
+    print(f"\n{task}, seed {args.seed}, {env_steps:,} environment steps, {elapsed() / 60:.1f} minutes, files in {folder}")
+    print(f"{'success':>8}  " + "".join(f"{name:26}" for name in names))
+    rows = []
+    for k in task_ids:
+        label, name = f"task {k}", env_libero.suite(args.suite).get_task(k).name
+        cells = [final[p]["by_task"][k] for p in names] if k in covered else []
+        print(f"{label:>8}  " + ("".join(f"{rate(*c):26}" for c in cells) if cells else f"{'not cloned':{26 * len(names)}}") + name)
+        rows += [dict(task_id=k, task=name, cloned=k in covered, policy=p, successes=c[0], episodes=c[1]) for p, c in zip(names, cells)]
+        if not cells:
+            rows.append(dict(task_id=k, task=name, cloned=False))
+    label = f"all {len(covered)}"
+    print(f"{label:>8}  " + "".join(f"{rate(final[p]['success'], final[p]['episodes']):26}" for p in names))
+    rows += [dict(task_id="all cloned", cloned=True, policy=p, successes=final[p]["success"], episodes=final[p]["episodes"]) for p in names]
+    write_table(folder / "table.csv", rows)
+    if "tuned" in final:
+        gain = 100 * (final["tuned"]["success"] / final["tuned"]["episodes"] - final["base"]["success"] / final["base"]["episodes"])
+        print(f"gain over base {gain:+.1f} points")
+    if "tuned" in videos:
+        before, after = videos.get("base"), videos["tuned"]
+        if before is None:  # a resumed run has not played the base itself
+            before = evaluate("base", args.eval_episodes, record=args.video, log=False)
+        kinds = {"fixed": ~before["success"] & after["success"], "broken": before["success"] & ~after["success"],
+                 "kept": before["success"] & after["success"], "failed": ~before["success"] & ~after["success"]}  # fmt: skip
+        for kind, members in kinds.items():
+            print(f"{kind:6} {members.sum():4} of {len(members)} episodes", end="")
+            for i in np.flatnonzero(members)[:1] if args.video else ():  # Fig. 6: base left, tuned right, from the same initial state
+                film = folder / f"{kind}_task{before['task_id'][i]}_episode{before['episode'][i]}.mp4"
+                pictures = workers.render([before["task_id"][i]] * 2, [before["frames"][i][::2], after["frames"][i][::2]])
+                write_side_by_side(film, pictures, env_libero.FPS / 2)
+                print(f", base | tuned in {film}", end="")
+            print()
+    workers.close()

@@ -1,0 +1,87 @@
+"""Simulator processes: a pool that survives a worker's death, because its jobs are pure functions.
+
+    pool = WorkerPool(2, Simulator)                    # each process builds its own Simulator()
+    results = pool.map(Simulator.reset, poses)         # simulator.reset(pose) for every pose, in order
+
+A job must not depend on what the process did before. Then a dead worker's job is simply done again elsewhere.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+WORKER_TIMEOUT = 300.0  # seconds after which a silent worker counts as dead
+
+_simulator = None  # one a worker process
+
+
+def _start_worker(build, arguments):
+    global _simulator
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def exit_with_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=exit_with_parent, daemon=True).start()
+    _simulator = build(*arguments)
+
+
+def _call(function, *job):
+    return function(_simulator, *job)
+
+
+class WorkerPool:
+    """`num_workers` processes, each with its own `build(*arguments)`. A worker that dies or hangs is replaced and its
+    jobs are done again; a job that kills its worker twice gives None, so that it costs one episode and not the run."""
+
+    def __init__(self, num_workers, build, *arguments):
+        self.num_workers, self.initargs = num_workers, (build, arguments)
+        self._start()
+
+    def _start(self):
+        # spawn: a forked child of a process that runs torch threads or CUDA may hang
+        context = multiprocessing.get_context("spawn")
+        self.executor = ProcessPoolExecutor(
+            self.num_workers, mp_context=context, initializer=_start_worker, initargs=self.initargs
+        )
+
+    def map(self, function, *columns):
+        """[function(simulator, *job) for job in zip(*columns)], spread over the workers; None for a job that cannot be done.
+        RuntimeError if no job can."""
+        size = max(1, len(columns[0]) // (32 * self.num_workers))  # small pieces keep all workers busy to the end
+        functions = [function] * len(columns[0])
+        try:
+            return list(self.executor.map(_call, functions, *columns, chunksize=size, timeout=WORKER_TIMEOUT))
+        except (BrokenProcessPool, TimeoutError):
+            self._restart()
+        results = []
+        for job in zip(*columns):  # one by one, to find the job that does it
+            try:
+                results.append(self.executor.submit(_call, function, *job).result(timeout=WORKER_TIMEOUT))
+            except (BrokenProcessPool, TimeoutError):
+                self._restart()
+                results.append(None)
+        if all(r is None for r in results):
+            raise RuntimeError("the simulator processes die at every start; run env_aloha.py or env_libero.py alone to see why")
+        return results
+
+    def _restart(self):
+        self.close()
+        self._start()
+
+    def close(self):
+        """Stop the processes at once."""
+        for process in list((self.executor._processes or {}).values()):
+            process.kill()
+        self.executor.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
