@@ -27,10 +27,9 @@ from functools import lru_cache
 
 import numpy as np
 
-# robosuite loads an OpenGL library on import, though physics needs none
-if platform.system() == "Linux":
-    os.environ.setdefault("MUJOCO_GL", "egl")
-    os.environ.setdefault("PYOPENGL_PLATFORM", os.environ["MUJOCO_GL"])
+# MuJoCo picks its OpenGL library on import. Physics needs none, but robosuite loads one all the same.
+if platform.system() == "Linux" and "MUJOCO_GL" not in os.environ:
+    os.environ["MUJOCO_GL"] = "egl" if ctypes.util.find_library("EGL") else "disable"
 
 import mujoco
 import numba
@@ -97,8 +96,8 @@ def parse_task_ids(name, text):
 
 
 def rendering_available():
-    """Whether an OpenGL library for headless rendering can be loaded. robosuite cannot be imported without one."""
-    return platform.system() != "Linux" or os.environ["MUJOCO_GL"] != "egl" or ctypes.util.find_library("EGL") is not None
+    """Whether MuJoCo was imported with an OpenGL library. robosuite, and so LIBERO, cannot be imported without one."""
+    return hasattr(mujoco, "Renderer") and os.environ.get("MUJOCO_GL") != "disable"
 
 
 @numba.njit(cache=True)

@@ -88,12 +88,12 @@ def chunks_at(actions, start, last, args):
     return actions[torch.minimum(time, last[:, None])]  # the last command holds
 
 
-def fit(base, observations, actions, last, args):
+def fit(base, observations, actions, last, starts, args):
     """Set normalisation and the whitened PCA basis of `base`. -> the map from chunks at their knots (B, knots, A) to
     whitened components (B, D), and the share of the chunks' variance that these keep."""
     base.state_mean.copy_(observations.mean(0))
     base.state_std.copy_(observations.std(0).clamp(min=1e-2))  # in rad, m: less is noise of the simulator
-    start = torch.randint(len(actions), (20000,))
+    start = starts[torch.randint(len(starts), (20000,))]
     knots = chunks_at(actions, start, last[start], args)
     scale = actions.std(0) + 1e-3  # every joint counts alike
     chunks = (knots / scale).flatten(1)  # (20000, knots A)
@@ -108,7 +108,7 @@ def fit(base, observations, actions, last, args):
     return lambda knots: ((knots / scale).flatten(1) - mean) @ inverse, explained
 
 
-def clone(base, observations, actions, last, whitened, args):
+def clone(base, observations, actions, last, starts, whitened, args):
     """Flow matching on the demonstrations; leaves the averaged weights in `base`. -> the last mean loss."""
     optimizer = torch.optim.AdamW(base.parameters(), args.lr, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps)
@@ -116,7 +116,7 @@ def clone(base, observations, actions, last, whitened, args):
     running = None
     progress = trange(args.steps, desc="cloning")
     for step in progress:
-        start = torch.randint(len(actions), (args.batch,))
+        start = starts[torch.randint(len(starts), (args.batch,))]
         s, _ = base.encode(observations[start])
         s = s + args.state_noise * torch.randn_like(s)
         w1 = whitened(chunks_at(actions, start, last[start], args))  # (B, D)
@@ -218,17 +218,18 @@ def check(args):
 
 
 def load_demos(path, task):
-    """Observations (N, S) and actions (N, A) of all episodes one after the other, the last step (N,) of every step's episode, the
-    tasks, and the settings that made them. ValueError if the file has none."""
+    """Observations (N, S) and actions (N, A) of all episodes one after the other, the last step (N,) of every step's episode, whether the
+    arm was pushed (N,), the tasks, and the settings that made them. ValueError if the file has none."""
     try:
         with np.load(path, allow_pickle=False) as file:
             observations, actions = file["observations"], file["actions"]
             settings = json.loads(str(file["settings"]))
             if task == "aloha":  # episodes of one length, (n, T, ...)
                 length, task_ids = np.full(len(actions), actions.shape[1]), None
+                pushed = np.zeros(length.sum(), dtype=bool)
                 observations, actions = observations.reshape(-1, observations.shape[2]), actions.reshape(-1, actions.shape[2])
             else:
-                length, task_ids = file["length"], sorted({int(k) for k in file["task_id"]})
+                pushed, length, task_ids = file["pushed"], file["length"], sorted({int(k) for k in file["task_id"]})
     except Exception as error:  # zipfile, zlib, numpy and json each raise their own
         raise ValueError(f"{path} is no file of demonstrations ({error}): remove it, and it is made anew.") from None
     expected = dict(aloha=(21, 14), libero_90_task56=(45, 7)).get(task, (55, 7))
@@ -236,7 +237,7 @@ def load_demos(path, task):
         shapes = f"{observations.shape} and {actions.shape}"
         raise ValueError(f"{path} has arrays of shapes {shapes}: remove it, and it is made anew.")
     last = torch.as_tensor(np.repeat(np.cumsum(length) - 1, length))
-    return torch.tensor(observations), torch.tensor(actions), last, task_ids, settings
+    return torch.tensor(observations), torch.tensor(actions), last, torch.tensor(pushed), task_ids, settings
 
 
 def main():
@@ -252,7 +253,7 @@ def main():
     if not args.demos.exists():
         make_demos(args)
     try:
-        observations, actions, last, task_ids, demonstrations = load_demos(args.demos, args.task)
+        observations, actions, last, pushed, task_ids, demonstrations = load_demos(args.demos, args.task)
     except ValueError as problem:
         print(f"--demos {problem}", file=sys.stderr)
         sys.exit(2)
@@ -276,8 +277,12 @@ def main():
     if task_ids is not None:
         header["task_ids"] = task_ids
     base = FlowBase(header)
-    whitened, header["explained_variance"] = fit(base, observations, actions, last, args)
-    header["training"] = dict(training, loss=round(clone(base, observations, actions, last, whitened, args), 4))
+    # a chunk during which the arm is pushed holds reactions to what nobody could foresee
+    pushes_before = torch.cat([torch.zeros(1, dtype=torch.long), pushed.long().cumsum(0)])
+    end = torch.minimum(torch.arange(len(last)) + args.chunk_steps, last + 1)
+    starts = torch.nonzero(pushes_before[end] == pushes_before[:-1]).flatten()
+    whitened, header["explained_variance"] = fit(base, observations, actions, last, starts, args)
+    header["training"] = dict(training, loss=round(clone(base, observations, actions, last, starts, whitened, args), 4))
     base.eval()
     print(f"{args.latent_dim} components keep {100 * header['explained_variance']:.2f} % of the chunks' variance; "
           f"loss {header['training']['loss']}, {time.time() - start:.0f} s")

@@ -8,8 +8,8 @@ and lets go. It knows all poses and shapes. Two distinct behaviours are mixed (D
     python tools/demo_libero.py --suite libero_goal                    # demos/libero_goal.npz, ten tasks
     python tools/demo_libero.py --table                                # all 40 tasks from their official initial states
 
-Demonstrations start from placements drawn from the BDDL regions, never from an official initial state. What is executed
-has smooth noise on it and what is recorded is the clean command, so that a clone learns to recover (DART, arXiv 1703.09327).
+Demonstrations start from placements drawn from the BDDL regions, never from an official initial state. Now and then the arm is
+pushed aside and what is recorded is the clean command, so that a clone learns to recover (as in DART, arXiv 1703.09327).
 """
 
 import csv
@@ -205,24 +205,25 @@ class Demonstrator:
                 break
 
 
-def smooth_noise(rng, steps, amplitude):
-    """Noise of the executed commands, correlated over 5 steps; a third of it on the rotation, none on the gripper. -> (steps, 7)"""
-    noise, value = np.zeros((steps, 7)), np.zeros(7)
-    for t in range(steps):
-        value = 0.8 * value + amplitude * np.sqrt(1 - 0.8**2) * rng.normal(size=7)
-        noise[t] = value * [1, 1, 1, 0.3, 0.3, 0.3, 0]
+def pushes(rng, steps, amplitude):
+    """What is added to the executed commands: now and then a push of six steps in one random direction, and nothing in between, so that
+    the recorded commands are those of an undisturbed recovery. -> (steps, 7)"""
+    noise, t = np.zeros((steps, 7)), rng.integers(0, 50)
+    while t < steps:
+        noise[t : t + 6] = rng.uniform(0, amplitude) * rng.normal(size=7) * [1, 1, 1, 0.3, 0.3, 0.3, 0]
+        t += 6 + rng.integers(20, 50)
     return noise
 
 
-def demonstrate(simulators, task_id, start, deep, limit, idle, command_noise, seed, record):
-    """One episode. deep: per goal. -> observations (T, S), clean commands (T, 7), success, frames or None.
+def demonstrate(simulators, task_id, start, deep, limit, idle, push, seed, record):
+    """One episode. deep: per goal. -> observations (T, S), clean commands (T, 7), success, frames or None, whether pushed (T,).
 
     It ends at success, at `limit`, or after `idle` steps in which the script had nothing left to do.
     """
     simulator, rng = simulators[task_id], np.random.default_rng(seed)
     state, observation = simulator.reset(start)
     demonstrator = Demonstrator(simulator, deep)
-    noise = smooth_noise(rng, limit, rng.uniform(0, command_noise))
+    noise = pushes(rng, limit, push)
     observations, commands, frames, waited = [], [], [], 0
     for t in range(limit):
         command = np.clip(next(demonstrator.actions), -1, 1)
@@ -238,7 +239,8 @@ def demonstrate(simulators, task_id, start, deep, limit, idle, command_noise, se
         if chunk.success.any() or waited >= idle:
             break
     success = bool(chunk.success.any())
-    return np.array(observations, np.float32), np.array(commands, np.float32), success, np.array(frames) if record else None
+    pushed = noise[: len(commands)].any(1)
+    return np.array(observations, np.float32), np.array(commands, np.float32), success, np.array(frames) if record else None, pushed
 
 
 @dataclass
@@ -257,8 +259,8 @@ class Args:
     """the share is this much larger where the object lies farthest from the robot, smaller where nearest ..."""
     share_limits: tuple[float, float] = (0.15, 0.85)
     """... within these limits"""
-    command_noise: float = 0.3
-    """largest amplitude of the smooth noise on the executed commands (1 is full speed); none on the gripper"""
+    push: float = 0.6
+    """largest amplitude of the pushes on the executed commands (1 is full speed); none on the gripper"""
     workers: int = 2
     """simulator processes"""
     out: Path | None = None
@@ -314,8 +316,8 @@ def table(args):
 
 
 def make_demos(args, task_ids):
-    """Demonstrations of several tasks. -> dict of arrays, all steps one after the other: observations (N, S), actions (N, 7), and per
-    episode: length, task_id, success, deep; frames: one recorded episode of each behaviour, with its task."""
+    """Demonstrations of several tasks. -> dict of arrays, all steps one after the other: observations (N, S), actions (N, 7), pushed (N,),
+    and per episode: length, task_id, success, deep; frames: one recorded episode of each behaviour, with its task."""
     jobs = []
     with WorkerPool(args.workers, TaskSimulators, args.suite, task_ids) as pool:
         for k in task_ids:
@@ -333,7 +335,7 @@ def make_demos(args, task_ids):
             goals = starts[mine[0]][1]
             share = (args.deep_share + args.share_slope * nearness).clip(*args.share_limits) ** (1 / goals)
             for i, p in zip(mine, share):
-                job = (k, jobs[i][1], list(rng.random(goals) < p), STEP_LIMIT[args.suite], 20, args.command_noise, jobs[i][2], False)
+                job = (k, jobs[i][1], list(rng.random(goals) < p), STEP_LIMIT[args.suite], 20, args.push, jobs[i][2], False)
                 for column, value in zip(columns, job):
                     column.append(value)
         if args.video:
@@ -343,7 +345,7 @@ def make_demos(args, task_ids):
             results += pool.map(demonstrate, *[column[i : i + size] for column in columns])
     kept = [i for i, r in enumerate(results) if r is not None]
     pick = lambda c: [results[i][c] for i in kept]
-    demos = dict(observations=np.concatenate(pick(0)), actions=np.concatenate(pick(1)), length=np.array([len(a) for a in pick(1)]),
+    demos = dict(observations=np.concatenate(pick(0)), actions=np.concatenate(pick(1)), pushed=np.concatenate(pick(4)), length=np.array([len(a) for a in pick(1)]),
                  success=np.array(pick(2)), task_id=np.array([columns[0][i] for i in kept]), deep=np.array([all(columns[2][i]) for i in kept]))  # fmt: skip
     return demos, [(columns[0][i], results[i][3]) for i in kept if results[i][3] is not None]
 
@@ -366,8 +368,8 @@ def check(args):
         return f"--seed is {args.seed}: give 0 or more."
     if not 0 <= args.deep_share <= 1:
         return f"--deep-share is {args.deep_share}: give a share from 0 to 1."
-    if not 0 <= args.command_noise <= 1:
-        return f"--command-noise is {args.command_noise}: give a number from 0 to 1."
+    if not 0 <= args.push <= 1:
+        return f"--push is {args.push}: give a number from 0 to 1."
     if not -10 <= args.share_slope <= 10:
         return f"--share-slope is {args.share_slope}: give a number from -10 to 10."
     low, high = args.share_limits
