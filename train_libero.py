@@ -54,7 +54,7 @@ class Args:
     """seed of the actor, the critics, every draw and the training episodes"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where the networks run; auto takes CUDA where there is one"""
-    total_env_steps: int = 400_000
+    total_env_steps: int = 250_000
     """control steps of training, evaluation not counted"""
     num_envs: int = 32
     """parallel environments"""
