@@ -15,15 +15,16 @@ def test_every_line_of_the_map_carries_what_the_map_says():
 
 
 def test_every_logged_metric_is_explained():
-    metrics = re.search(r'METRICS = \(\n(.+?)\n    \)', (ROOT / "train_aloha.py").read_text(), re.S).group(1)
-    names = re.findall(r"\w+/\w+", metrics)
-    assert len(names) > 25
-    for name in names:
-        assert name in README, name
+    for script in ("train_aloha.py", "train_libero.py"):
+        metrics = re.search(r'METRICS = \(\n(.+?)\n    \)', (ROOT / script).read_text(), re.S).group(1)
+        names = re.findall(r"\w+/\w+", metrics)
+        assert len(names) > 25
+        for name in names:
+            assert name in README, name
 
 
 def test_every_flag_and_file_named_exists():
-    source = (ROOT / "train_aloha.py").read_text() + (ROOT / "tools" / "clone_base.py").read_text()
+    source = "".join((ROOT / file).read_text() for file in ("train_aloha.py", "train_libero.py", "tools/clone_base.py"))
     for flag in set(re.findall(r"--([a-z]+(?:-[a-z]+)*)", README)):
         names = {flag.replace("-", "_"), flag.removeprefix("no-").replace("-", "_")}  # tyro: --no-x switches x off
         assert flag == "help" or any(re.search(rf"^    {name}: ", source, re.M) for name in names), flag

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from base_flow import FlowBase
+
 ROOT = Path(__file__).parents[1]
 SMALL = ("--num-envs 2 --num-workers 1 --rollout-decisions 2 --critic-warmup 1 --critic-epochs 2 --actor-epochs 2 --minibatch-size 3 "
          "--num-draws 2 --num-critics 2 --eval-episodes 2 --device cpu --seed 3 --window 2").split()  # fmt: skip
@@ -69,19 +71,23 @@ def test_resume_ends_where_the_uninterrupted_run_ends(finished):
 
 
 def test_two_iterations_of_a_suite_and_its_table(tmp_path):
-    """Two tasks of a suite with one actor; then the suite's table by --eval-only, with the task that no base was cloned on."""
-    flags = ("--suite", "libero_object", "--task-ids", "0,1", "--eval-episodes", 1, "--total-env-steps", 128)
-    result = train(tmp_path, *flags, "--run-name", "suite")
+    """Two tasks of a suite with one actor; then the suite's table by --eval-only, with a task that the base was not cloned on."""
+    sizes = dict(state_dim=55, action_dim=7, latent_dim=6, chunk_steps=16, knots=9, flow_steps=4, hidden=32, blocks=1)
+    FlowBase(dict(sizes, task="libero_object", task_ids=[0, 1])).save(tmp_path / "base.safetensors")
+    flags = ("--suite", "libero_object", "--task-ids", "0,1,2", "--weights", "base.safetensors", "--eval-episodes", 1)
+    result = train(tmp_path, *flags, "--total-env-steps", 128, "--run-name", "suite")
     assert result.returncode == 0, result.stderr
     with np.load(tmp_path / "runs" / "suite" / "latents.npz") as latents:
         assert set(latents["task_id"]) == {0, 1}
     episodes = rows(tmp_path / "runs" / "suite" / "eval.csv")
     assert {(row["policy"], row["task_id"]) for row in episodes} == {(p, t) for p in ("base", "zero latents", "tuned") for t in "01"}
-    checkpoint = ("--eval-only", "--checkpoint", "runs/suite/last.pt", "--run-name", "table")
-    result = train(tmp_path, *flags, *checkpoint)
+    result = train(tmp_path, *flags, "--eval-only", "--checkpoint", "runs/suite/last.pt", "--run-name", "table")
     assert result.returncode == 0, result.stderr
-    again = [line for line in result.stdout.splitlines() if line.strip().startswith("task")]
-    assert len(again) == 2 and all("[" in line for line in again)
+    lines = [line for line in result.stdout.splitlines() if line.strip().startswith("task")]
+    assert len(lines) == 3 and "[" in lines[0] and "[" in lines[1] and "not cloned" in lines[2]  # named, neither dropped nor counted
+    table = rows(tmp_path / "runs" / "table" / "table.csv")
+    assert [row["cloned"] for row in table if row["task_id"] == "2"] == ["False"]
+    assert [row["episodes"] for row in table if row["task_id"] == "all cloned"] == ["2", "2", "2"]
 
 
 @pytest.mark.parametrize("flags, words", [

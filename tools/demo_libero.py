@@ -249,7 +249,7 @@ class Args:
     """the suite"""
     task_ids: str = "all"
     """tasks of the suite: numbers with commas, or all"""
-    num_demos: int = 400
+    num_demos: int = 800
     """number of demonstrations a task"""
     seed: int = 0
     """of placements, behaviours and noise"""

@@ -1,0 +1,47 @@
+"""README's map from the paper's equations and algorithm lines to the lines of the code.
+
+    python tools/equation_map.py           # after an edit that moved lines; tests/test_readme.py tells when
+
+Every entry names a piece of code that occurs once in its file; the map gets that line's number.
+"""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+ENTRIES = [  # what the paper calls it, file, code
+    ("Eq. 1, return of an episode", "train_aloha.py", "returns.append(step"),
+    ("Eq. 2, Δℓ", "fpo_loss.py", "delta = cfm_init - cfm"),
+    ("Eq. 3, ratio ρ", "fpo_loss.py", "return torch.exp(beta * z)"),
+    ("Eq. 4, clipped surrogate", "fpo_loss.py", "surrogate = torch.min("),
+    ("Eq. 5, TD target", "fpo_critic.py", "return r + discount * (1 - terminated) * target("),
+    ("Eq. 6, critic loss", "fpo_critic.py", "(critic(s, x) - y).square()"),
+    ("Eq. 7, latent exploration", "fpo_actor.py", "x = x + explore_eta * self.velocity("),
+    ("ℓ_cfm", "fpo_actor.py", "(v - (x - eps)).square()"),
+    ("GAE", "fpo_critic.py", "tail = delta[t] + discount[t] * gae_lambda"),
+    ("Algorithm 1, line 1", "train_aloha.py", "(Algorithm 1, line 1)"),
+    ("lines 2-3", "train_aloha.py", "# ---- for each iteration (line 2) ----"),
+    ("line 6, observe", "train_aloha.py", "# line 6"),
+    ("line 7, sample x", "train_aloha.py", "x_0 = actor.sample("),
+    ("line 8, decode", "train_aloha.py", "a = base.decode("),
+    ("line 9, step", "train_aloha.py", "step = envs.step("),
+    ("line 10, cache ℓ_init", "train_aloha.py", "cfm_init = actor.cfm_loss("),
+    ("line 11, push", "train_aloha.py", "buffer.push(batch)"),
+    ("lines 17-18, x'", "train_aloha.py", "fresh = actor.sample("),
+    ("line 19", "train_aloha.py", "y = td_target("),
+    ("line 20", "train_aloha.py", "loss_critic = critic_loss("),
+    ("line 21", "train_aloha.py", "polyak_update(target, critic, args.tau)"),
+    ("line 23", "train_aloha.py", "cfm, departure = actor.cfm_loss("),
+    ("line 26, advantages", "train_aloha.py", "adv.append(gae("),
+    ("lines 23-27, actor update", "train_aloha.py", "loss_actor, info = fpo_loss("),
+]
+
+if __name__ == "__main__":
+    rows = ["| | where | |", "|---|---|---|"]
+    for name, file, code in ENTRIES:
+        numbers = [i for i, line in enumerate((ROOT / file).read_text().splitlines(), 1) if code in line]
+        assert len(numbers) == 1, f"{code!r} stands in the lines {numbers} of {file}, and should in one"
+        rows.append(f"| {name} | [{file}:{numbers[0]}]({file}#L{numbers[0]}) | `{code}` |")
+    readme = ROOT / "README.md"
+    text = re.sub(r"\| \| where \| \|\n.*?\n\n", lambda _: "\n".join(rows) + "\n\n", readme.read_text(), count=1, flags=re.S)
+    readme.write_text(text)
