@@ -42,6 +42,7 @@ TASKS = dict(libero_spatial=10, libero_object=10, libero_goal=10, libero_10=10, 
 OBSERVATION_DIM = {name: 45 + (n if name != "libero_90" else 0) for name, n in TASKS.items()}
 SETTLING = [[0, 0, 0, 0, 0, 0, -1]] * 10  # steps after every reset that count nowhere: objects fall into place
 OFFICIAL_STATES = 50  # initial states a task that come with LIBERO, for evaluation only
+ARM_NOISE = 0.02  # rad, standard deviation of the arm's start: robosuite's default, and what the official states show
 FIXTURE_SEED = 0  # draws the fixtures' poses under the official initial states, which do not contain them
 FPS = 20  # control steps a second
 ACTION_DIM = 7
@@ -232,9 +233,9 @@ class Simulator:
         np.random.seed(seed)
         try:
             for attempt in range(100):
-                np.random.randn(7)  # robosuite draws noise for the arm, of magnitude 0: the same seed shall place the same
+                noise = ARM_NOISE * np.random.randn(7)
                 mujoco.mj_resetData(self.model, data)
-                data.qpos[self.arm : self.arm + 7], data.qpos[self.fingers] = self.arm_rest, self.finger_rest
+                data.qpos[self.arm : self.arm + 7], data.qpos[self.fingers] = self.arm_rest + noise, self.finger_rest
                 for sampler in env.object_property_initializers:
                     env.object_states_dict[sampler.name].set_joint(sampler.sample())
                 mujoco.mj_step1(self.model, data)

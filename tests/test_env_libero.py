@@ -16,19 +16,23 @@ from env_libero import (
 BUTTER = ("libero_90", 56)
 
 
-def stock_environment(suite_name, task_id):
+def stock_environment(suite_name, task_id, initialization_noise=None):
     with quiet():
         from libero.libero.envs.env_wrapper import ControlEnv
 
         path = suite(suite_name).get_task_bddl_file_path(task_id)
-        return ControlEnv(path, use_camera_obs=False, has_offscreen_renderer=False, hard_reset=False)
+        return ControlEnv(path, use_camera_obs=False, has_offscreen_renderer=False, hard_reset=False,
+                          initialization_noise=initialization_noise)  # fmt: skip
 
 
 def stock_reset(stock, simulator, start):
-    """The protocol of the papers: seed, reset, official state if any, ten settling steps."""
+    """The protocol of the papers: seed, reset, official state if any, ten settling steps. A placement is set like an official state."""
     kind, number = start
     stock.seed(number if kind == "placed" else FIXTURE_SEED)
     stock.reset()
+    if kind == "placed":
+        simulator._place(number)
+        stock.sim.data.qpos[:] = simulator.data.qpos
     gripper = stock.robots[0].gripper
     gripper.current_action = np.zeros_like(gripper.current_action)  # robosuite forgets to reset it
     if kind == "official":
@@ -140,13 +144,15 @@ def test_placements_come_from_the_regions_and_are_never_an_official_state(simula
 
 
 def test_the_stock_seed_gives_the_same_placement(simulator):
-    stock = stock_environment(*BUTTER)
-    before = np.random.get_state()[1].copy()
+    """robosuite with its default noise on the arm; and the official states, in all of which the arm has been moved as much."""
+    stock = stock_environment(*BUTTER, initialization_noise="default")
     for seed in (0, 11):
         simulator._place(seed)
         stock.seed(seed)
         stock.reset()
         np.testing.assert_array_equal(simulator.data.qpos, stock.sim.data.qpos)
+    spread = simulator.official_states[:, 1:8].std(0)
+    assert (0.01 < spread).all() and (spread < 0.03).all()
     np.random.seed(0)
     before = np.random.get_state()[1].copy()
     simulator._place(3)
