@@ -87,7 +87,7 @@ def parse_task_ids(name, text):
     """Task numbers of a suite from "all" or "0,3,5". ValueError, in one sentence, if there is no such task."""
     numbers = range(TASKS[name]) if text == "all" else text.split(",")
     try:
-        numbers = [int(k) for k in numbers]
+        numbers = list(dict.fromkeys(int(k) for k in numbers))
     except ValueError:
         raise ValueError(f"--task-ids is {text}: give numbers with commas, as 0,3,5, or all.") from None
     for k in numbers:
