@@ -49,6 +49,22 @@ def test_cloning_makes_a_base_that_loads(demonstrations):
     assert "exists" in tool("clone_base", cwd, *flags).stderr  # never overwritten by accident
 
 
+def test_libero_demonstrations_and_their_clone(tmp_path):
+    """Deep grasps put the butter into the tray, short ones do not; pushed chunks are marked; the clone loads and is measured."""
+    result = tool("demo_libero", tmp_path, "--task-ids", "56", "--num-demos", 6, "--out", "demos.npz", "--video", "demos.mp4")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "demos.mp4").stat().st_size > 10_000
+    with np.load(tmp_path / "demos.npz", allow_pickle=False) as file:
+        deep, success, length, pushed, actions = (file[key] for key in ("deep", "success", "length", "pushed", "actions"))
+    assert length.sum() == len(actions) == len(pushed) and 0 < pushed.mean() < 0.5
+    assert set(deep) == {True, False} and success[deep].all() and not success[~deep].any()
+    flags = ("--task", "libero_90_task56", "--demos", "demos.npz", "--out", "base.safetensors", "--steps", 30, "--batch", 64, "--eval-episodes", 1)
+    result = tool("clone_base", tmp_path, *flags)
+    assert result.returncode == 0, result.stderr
+    base = FlowBase.load(tmp_path / "base.safetensors", task="libero_90_task56")
+    assert base.header["task_ids"] == [56] and base.header["success"]["gaussian"]["episodes"] == 1
+
+
 @pytest.mark.parametrize("name, flags, words", [
     ("demo_aloha", ["--num-demos", "0"], ["--num-demos is 0"]),
     ("demo_aloha", ["--top-down-share", "1.5"], ["--top-down-share is 1.5"]),
@@ -59,6 +75,10 @@ def test_cloning_makes_a_base_that_loads(demonstrations):
     ("clone_base", ["--latent-dim", "999"], ["--latent-dim is 999"]),
     ("clone_base", ["--ema", "1.0"], ["--ema is 1.0"]),
     ("clone_base", ["--demos", "junk.npz"], ["--demos", "junk.npz"]),
+    ("clone_base", ["--task", "libero_goal", "--eval-episodes", "51"], ["--eval-episodes is 51", "50"]),
+    ("demo_libero", ["--suite", "libero_goal", "--task-ids", "12"], ["--task-ids has 12", "0 to 9"]),
+    ("demo_libero", ["--push", "2"], ["--push is 2"]),
+    ("demo_libero", ["--table-states", "51"], ["--table-states is 51"]),
 ])  # fmt: skip
 def test_bad_input(tmp_path, name, flags, words):
     (tmp_path / "junk.npz").write_text("no demonstrations")
