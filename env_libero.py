@@ -265,7 +265,7 @@ class Simulator:
         self._set_state(state)
         actions = np.clip(np.asarray(actions, dtype=np.float64), -1, 1)  # NaN stays NaN
         diverged = not np.isfinite(actions).all()
-        success, frames = [], [self._frame()]
+        success, frames = [], [self._frame()] if record else []
         for action in actions if not diverged else ():
             mujoco.mj_step1(model, data)
             goal_position = data.site_xpos[self.site] + 0.05 * action[:3]
@@ -308,16 +308,21 @@ class Simulator:
     def _get_state(self):
         physics = np.empty(self.physics_dim)
         mujoco.mj_getState(self.model, self.data, physics, STATE_SPEC)
-        poses = np.concatenate([self.model.body_pos[self.fixtures], self.model.body_quat[self.fixtures]], 1)
-        return np.concatenate([physics, self.gripper, self.goal_rotation.ravel(), poses.ravel()])
+        return np.concatenate([physics, self.gripper, self.goal_rotation.ravel(), self._get_fixtures()])
 
     def _set_state(self, state):
         physics, self.gripper[:], rotation, poses = np.split(state, np.cumsum([self.physics_dim, 2, 9]))
         self.goal_rotation[:] = rotation.reshape(3, 3)
-        poses = poses.reshape(-1, 7)
-        self.model.body_pos[self.fixtures], self.model.body_quat[self.fixtures] = poses[:, :3], poses[:, 3:]
+        self._set_fixtures(poses)
         mujoco.mj_resetData(self.model, self.data)  # clears the warnings too
         mujoco.mj_setState(self.model, self.data, physics, STATE_SPEC)
+
+    def _get_fixtures(self):
+        return np.concatenate([self.model.body_pos[self.fixtures], self.model.body_quat[self.fixtures]], 1).ravel()
+
+    def _set_fixtures(self, poses):
+        poses = poses.reshape(-1, 7)
+        self.model.body_pos[self.fixtures], self.model.body_quat[self.fixtures] = poses[:, :3], poses[:, 3:]
 
     # ---- observation ----
 
@@ -363,8 +368,7 @@ class Simulator:
     # ---- rendering ----
 
     def _frame(self):
-        poses = np.concatenate([self.model.body_pos[self.fixtures], self.model.body_quat[self.fixtures]], 1)
-        return np.concatenate([self.data.qpos, poses.ravel()])
+        return np.concatenate([self.data.qpos, self._get_fixtures()])
 
     def render(self, frames, camera="agentview", height=256, width=256):
         """Pictures of recorded frames. (T, F) -> (T, height, width, 3) uint8. Needs EGL (or another GL)."""
@@ -374,8 +378,8 @@ class Simulator:
         options.geomgroup[0] = 0  # collision shapes
         options.sitegroup[:] = 0
         for frame in frames:
-            self.data.qpos[:], poses = frame[: self.model.nq], frame[self.model.nq :].reshape(-1, 7)
-            self.model.body_pos[self.fixtures], self.model.body_quat[self.fixtures] = poses[:, :3], poses[:, 3:]
+            self.data.qpos[:] = frame[: self.model.nq]
+            self._set_fixtures(frame[self.model.nq :])
             mujoco.mj_forward(self.model, self.data)
             renderer.update_scene(self.data, camera=camera, scene_option=options)
             pictures.append(renderer.render())

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import env_libero
 from base_flow import FlowBase
-from env_libero import OFFICIAL_STATES, STEP_LIMIT, TASKS, TrainingEnvs, Workers, official, parse_task_ids, play_episodes
+from env_libero import OFFICIAL_STATES, STEP_LIMIT, TrainingEnvs, Workers, official, parse_task_ids, play_episodes
 from fpo_actor import FlowActor, draw_flow_noise
 from fpo_buffer import TrajectoryBuffer
 from fpo_critic import QEnsemble, critic_loss, fresh_value, gae, polyak_update, stored_value, td_target

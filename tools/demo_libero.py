@@ -12,7 +12,6 @@ Demonstrations start from placements drawn from the BDDL regions, never from an 
 pushed aside and what is recorded is the clean command, so that a clone learns to recover (as in DART, arXiv 1703.09327).
 """
 
-import csv
 import json
 import os
 import sys
@@ -25,12 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import tyro
-from statsmodels.stats.proportion import proportion_confint
 from tqdm import tqdm
 
 from env_libero import (
     FPS, OFFICIAL_STATES, STEP_LIMIT, TASKS, TaskSimulators, official, parse_task_ids, placed, rendering_available, suite,
 )  # fmt: skip
+from run_files import wilson, write_table
 from worker_pool import WorkerPool
 
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
@@ -279,7 +278,7 @@ class Args:
 
 def interval(successes, n):
     """'41.5 % [34.9, 48.4]': share with the Wilson interval."""
-    low, high = proportion_confint(successes, n, method="wilson")
+    low, high = wilson(successes, n)
     return f"{100 * successes / n:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
 
 
@@ -303,17 +302,10 @@ def table(args):
                 results = pool.map(demonstrate, *columns, [[2, args.seed, i] for i in range(n)], [False] * n)
                 good = [r is not None and r[2] for r in results]
                 steps = [len(r[1]) for r, g in zip(results, good) if g]
-                low, high = proportion_confint(sum(good), n, method="wilson")
                 rows.append(dict(suite=name, task_id=k, task=suite(name).get_task(k).name, pick_and_place_only=covered(name, k), episodes=n,
-                                 successes=sum(good), success=f"{sum(good) / n:.3f}", wilson_low=f"{low:.3f}", wilson_high=f"{high:.3f}",
-                                 mean_steps=f"{np.mean(steps):.0f}" if steps else ""))  # fmt: skip
+                                 successes=sum(good), mean_steps=f"{np.mean(steps):.0f}" if steps else ""))  # fmt: skip
                 print(f"{name:15} {k} {interval(sum(good), n):22} {rows[-1]['mean_steps']:>4} steps  {rows[-1]['task']}", flush=True)
-                part = out.with_suffix(".part")
-                with open(part, "w", newline="") as file:
-                    writer = csv.DictWriter(file, list(rows[0]))
-                    writer.writeheader()
-                    writer.writerows(rows)
-                part.replace(out)
+                write_table(out, rows)
     print(f"wrote {out}")
 
 
@@ -417,6 +409,8 @@ def run(args, task_ids):
 
 def main():
     args = tyro.cli(Args, description=__doc__)
+    if args.out is None and not args.table:
+        args.out = Path("demos") / (f"{args.suite}.npz" if args.task_ids == "all" else f"{args.suite}_task{args.task_ids.replace(',', '_')}.npz")
     problem = check(args)
     try:
         task_ids = parse_task_ids(args.suite, args.task_ids)
@@ -427,11 +421,6 @@ def main():
         sys.exit(2)
     if args.table:
         return table(args)
-    if args.out is None:
-        args.out = Path("demos") / (f"{args.suite}.npz" if args.task_ids == "all" else f"{args.suite}_task{args.task_ids.replace(',', '_')}.npz")
-    if args.out.exists() and not args.overwrite:
-        print(f"--out {args.out} exists: give another path, or --overwrite to replace it.", file=sys.stderr)
-        sys.exit(2)
     run(args, task_ids)
 
 
