@@ -13,6 +13,7 @@ The latent has 24 dimensions and not the chunk's 126, because the noise of a pol
 dimension (D12). Flow matching: Lipman et al., arXiv 2210.02747. This file stands alone: torch and safetensors only.
 """
 
+import hashlib
 import json
 import os
 
@@ -31,6 +32,9 @@ class FlowBase(nn.Module):
     header: dict of the SIZES, `task`, and anything that should travel with the weights (how they were made, what
     they measured). Units of observations and actions are the environment's own.
     """
+
+    pictures = None  # it sees the state and no camera
+    num_envs = 32  # parallel environments that suit it
 
     def __init__(self, header):
         super().__init__()
@@ -64,6 +68,7 @@ class FlowBase(nn.Module):
     @torch.no_grad()
     def encode(self, observation):
         """Normalised state, and the context that `decode` needs: here the state itself. observation: (B, S) raw."""
+        observation = torch.as_tensor(observation, dtype=torch.float32, device=self.state_mean.device)
         s = ((observation - self.state_mean) / self.state_std).clamp(-STATE_CLIP, STATE_CLIP)
         return s, s
 
@@ -124,6 +129,8 @@ class FlowBase(nn.Module):
                 raise ValueError(f"the tensor {name} of {path} has values that are not finite: {fix}.")
         base = cls(header)
         base.load_state_dict(tensors)
+        with open(path, "rb") as file:
+            base.sha256 = hashlib.sha256(file.read()).hexdigest()
         return base.to(device).eval().requires_grad_(False)
 
 

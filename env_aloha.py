@@ -16,17 +16,11 @@ Observation (21): joint positions as gym-aloha reports them (14: six angles in r
 arm first), the cube's position (3, metres) and quaternion (4). Action (14): the joint targets in the same order.
 """
 
-import ctypes.util
-import os
-import platform
 from dataclasses import dataclass
 
 import numpy as np
 
-# MuJoCo picks its OpenGL library on import. Physics needs none, so a machine without EGL trains all the same.
-if platform.system() == "Linux" and "MUJOCO_GL" not in os.environ:
-    os.environ["MUJOCO_GL"] = "egl" if ctypes.util.find_library("EGL") else "disable"
-
+from mujoco_state import diverged as has_diverged, get_state, rendering_available, set_state, silence, stack  # before mujoco
 import mujoco
 from gym_aloha.constants import (
     ASSETS_DIR,
@@ -42,16 +36,10 @@ HORIZON = 400  # control steps an episode, 8 s; the usual horizon of this task (
 HOLD_STEPS = 10  # strict success: the left gripper alone holds the cube for so many consecutive steps
 OBSERVATION_DIM, ACTION_DIM = 21, 14
 FPS = round(1 / DT)  # 50 control steps a second
+INSTRUCTION = "Transfer cube"  # openpi's prompt for this task; gym-aloha has none
 
 GRIPPER_RANGE = PUPPET_GRIPPER_POSITION_OPEN - PUPPET_GRIPPER_POSITION_CLOSE
 ARM_QPOS = np.r_[0:7, 8:15]  # qpos has two finger joints an arm; the second mirrors the first
-STATE_SPEC = int(
-    mujoco.mjtState.mjSTATE_TIME
-    | mujoco.mjtState.mjSTATE_QPOS
-    | mujoco.mjtState.mjSTATE_QVEL
-    | mujoco.mjtState.mjSTATE_WARMSTART  # without the solver's warm start a resumed run drifts in the last bits
-)
-DIVERGED = [int(w) for w in (mujoco.mjtWarning.mjWARN_BADQPOS, mujoco.mjtWarning.mjWARN_BADQVEL, mujoco.mjtWarning.mjWARN_BADQACC)]
 
 
 def observe(qpos):
@@ -99,7 +87,6 @@ class Simulator:
         self.model = mujoco.MjModel.from_xml_path(str(ASSETS_DIR / "bimanual_viperx_transfer_cube.xml"))
         self.data = mujoco.MjData(self.model)
         self.substeps = round(DT / self.model.opt.timestep)
-        self.state_dim = mujoco.mj_stateSize(self.model, STATE_SPEC)
         geom = {name: self.model.geom(name).id for name in ("red_box", "table")}
         fingers = {side: self.model.geom(f"vx300s_{side}/10_{side}_gripper_finger").id for side in ("left", "right")}
         self.box, self.table, self.left, self.right = geom["red_box"], geom["table"], fingers["left"], fingers["right"]
@@ -115,13 +102,12 @@ class Simulator:
         model.opt.disableflags |= int(mujoco.mjtDisableBit.mjDSBL_ACTUATION)
         mujoco.mj_forward(model, data)
         model.opt.disableflags = enabled
-        return self._get_state(), observe(data.qpos)
+        return get_state(self.model, self.data), observe(data.qpos)
 
     def run(self, state, actions, stop_at_success=False, record=False):
         """Execute `actions` (T, 14) from `state`; stop early at reward 4 if asked, or where the physics diverges."""
         model, data = self.model, self.data
-        mujoco.mj_resetData(model, data)  # clears the warnings too
-        mujoco.mj_setState(model, data, state, STATE_SPEC)
+        set_state(model, data, state)
         mujoco.mj_step1(model, data)
         actions = np.asarray(actions, dtype=np.float64)
         grippers = PUPPET_GRIPPER_POSITION_CLOSE + GRIPPER_RANGE * actions[:, [6, 13]]
@@ -137,7 +123,7 @@ class Simulator:
             mujoco.mj_step2(model, data)
             mujoco.mj_step(model, data, self.substeps - 1)
             mujoco.mj_step1(model, data)
-            if any(data.warning[w].number for w in DIVERGED):
+            if has_diverged(data):
                 diverged = True
                 break
             reward, hold = self._reward()
@@ -148,10 +134,9 @@ class Simulator:
             if stop_at_success and reward == 4:
                 break
         if diverged:  # the last finite state stands in; the caller ends the episode
-            mujoco.mj_resetData(model, data)
-            mujoco.mj_setState(model, data, state, STATE_SPEC)
+            set_state(model, data, state)
         return Chunk(
-            state=self._get_state(),
+            state=get_state(self.model, self.data),
             observation=observe(data.qpos),
             rewards=np.array(rewards, dtype=np.int64),
             held=np.array(held, dtype=bool),
@@ -161,20 +146,29 @@ class Simulator:
 
     def render(self, qpos, camera="angle", height=240, width=320):
         """Frames of recorded positions. qpos: (T, 23) -> (T, height, width, 3) uint8. Needs EGL (or another GL)."""
-        if (height, width) not in self.renderers:
-            self.renderers[height, width] = mujoco.Renderer(self.model, height, width)
-        renderer, frames = self.renderers[height, width], []
+        frames = []
         for q in qpos:
             self.data.qpos[:] = q
             mujoco.mj_forward(self.model, self.data)
-            renderer.update_scene(self.data, camera=camera)
-            frames.append(renderer.render())
+            frames.append(self._picture(camera, height, width))
         return np.array(frames)
 
-    def _get_state(self):
-        state = np.empty(self.state_dim)
-        mujoco.mj_getState(self.model, self.data, state, STATE_SPEC)
-        return state
+    def look(self, state, sizes):
+        """What a vision-language-action model sees in a state: the dict that gym-aloha returns, a pure function of `state`.
+
+        sizes: {camera: (height, width)} with gym-aloha's cameras, "top" above all. -> pixels {camera: (height, width, 3) uint8},
+        agent_pos (14,) and the task's instruction.
+        """
+        set_state(self.model, self.data, state)
+        mujoco.mj_forward(self.model, self.data)
+        pixels = {name: self._picture(name, *size) for name, size in sizes.items()}
+        return dict(pixels=pixels, agent_pos=observe(self.data.qpos)[:ACTION_DIM], task=INSTRUCTION)
+
+    def _picture(self, camera, height, width):
+        if (height, width) not in self.renderers:
+            self.renderers[height, width] = mujoco.Renderer(self.model, height, width)
+        self.renderers[height, width].update_scene(self.data, camera=camera)
+        return self.renderers[height, width].render()
 
     def _reward(self):
         # gym_aloha/tasks/sim.py, TransferCubeTask.get_reward, on geom numbers instead of names
@@ -186,47 +180,63 @@ class Simulator:
         return (0 if not right else 1 if table else 2), False
 
 
-def rendering_available():
-    """Whether MuJoCo was imported with an OpenGL library."""
-    return hasattr(mujoco, "Renderer") and os.environ.get("MUJOCO_GL") != "disable"
-
-
 # ---- worker processes -------------------------------------------------------------------------------------------
 
 
 def _quiet_simulator():
-    mujoco.set_mju_user_warning(lambda text: None)  # `diverged` says it; MuJoCo would write MUJOCO_LOG.TXT where it stands
+    silence()
     return Simulator()
 
 
-def lost_chunk(state, record):
-    """What stands for a chunk whose simulator died: no step, and the episode has failed."""
-    return Chunk(
-        state=state,
-        observation=np.zeros(OBSERVATION_DIM),
-        rewards=np.zeros(0, dtype=np.int64),
-        held=np.zeros(0, dtype=bool),
-        diverged=True,
-        qpos=np.zeros((1, 23)) if record else None,
-    )
+def _reset(simulator, box_pose, sizes):
+    state, observation = simulator.reset(box_pose)
+    return state, simulator.look(state, sizes) if sizes else observation
+
+
+def _run(simulator, state, actions, stop_at_success, record, sizes):
+    chunk = simulator.run(state, actions, stop_at_success, record)
+    if sizes:
+        chunk.observation = simulator.look(chunk.state, sizes)
+    return chunk
 
 
 class Workers:
-    """Simulator processes (worker_pool.py): a job that cannot be done comes back as a diverged chunk."""
+    """Simulator processes (worker_pool.py): a job that cannot be done comes back as a diverged chunk.
 
-    def __init__(self, num_workers):
+    With `pictures`, {camera: (height, width)}, observations are what `Simulator.look` sees at the end of a chunk, an object array
+    of dicts, instead of state vectors. There None stands for an episode that is over or was lost.
+    """
+
+    def __init__(self, num_workers, pictures=None):
+        self.pictures = pictures
         self.pool = WorkerPool(num_workers, _quiet_simulator)
 
     def reset(self, box_poses):
-        """Start episodes. box_poses: (n, 7) -> states (n, S), observations (n, 21)."""
-        states, observations = zip(*self.pool.map(Simulator.reset, list(box_poses)))
-        return np.stack(states), np.stack(observations)
+        """Start episodes. box_poses: (n, 7) -> states (n, S), n observations."""
+        states, observations = zip(*self.pool.map(_reset, list(box_poses), [self.pictures] * len(box_poses)))
+        return np.stack(states), stack(observations, self.pictures)
 
     def run(self, states, actions, stop_at_success=False, record=False):
         """`Simulator.run` for every row. states: (n, S), actions: (n, T, 14) -> list of n `Chunk`."""
         n = len(states)
-        chunks = self.pool.map(Simulator.run, list(states), list(actions), [stop_at_success] * n, [record] * n)
-        return [lost_chunk(state, record) if c is None else c for state, c in zip(states, chunks)]
+        same = [[stop_at_success] * n, [record] * n, [self.pictures] * n]
+        chunks = self.pool.map(_run, list(states), list(actions), *same)
+        return [self._lost(state, record) if c is None else c for state, c in zip(states, chunks)]
+
+    def look(self, states):
+        """The observations in n states, with pictures."""
+        return stack(self.pool.map(Simulator.look, list(states), [self.pictures] * len(states)), self.pictures)
+
+    def _lost(self, state, record):
+        """What stands for a chunk whose simulator died: no step, and the episode has failed."""
+        return Chunk(
+            state=state,
+            observation=None if self.pictures else np.zeros(OBSERVATION_DIM),
+            rewards=np.zeros(0, dtype=np.int64),
+            held=np.zeros(0, dtype=bool),
+            diverged=True,
+            qpos=np.zeros((1, 23)) if record else None,
+        )
 
     def render(self, qpos, camera="angle", height=240, width=320):
         """Frames for a list of recorded episodes, in parallel."""
@@ -273,6 +283,8 @@ def play_episodes(workers, box_poses, act, record=False):
                 qpos[i].append(chunk.qpos[1:])
         # D9: an episode plays its full length; but once it has held the cube, nothing can change its result any more
         alive = np.array([i for i in alive if steps[i] < HORIZON and not diverged[i] and not strict_success(held[i])], int)
+        if workers.pictures:
+            observations[np.setdiff1d(range(n), alive)] = None  # nothing to look at, and nothing to decode
     strict = np.array([strict_success(h) for h in held])
     qpos = [np.concatenate(q) for q in qpos] if record else None
     return dict(success=success, strict=strict, length=length, diverged=diverged, decisions=decisions, qpos=qpos)
@@ -315,7 +327,7 @@ class TrainingEnvs:
             num_steps=num_steps,
             terminated=terminated,
             truncated=truncated,
-            last_observation=np.stack([c.observation for c in chunks]),
+            last_observation=stack([c.observation for c in chunks], self.workers.pictures),
             episode_steps=self.steps.copy(),
         )
         self.states = np.stack([c.state for c in chunks])
@@ -329,16 +341,17 @@ class TrainingEnvs:
         return result
 
     def state_dict(self):
-        """Everything that decides how the environments go on, as plain values and arrays."""
+        """Everything that decides how the environments go on, as plain values and arrays. Pictures are not kept: states tell them."""
         return dict(
-            states=self.states, observations=self.observations, steps=self.steps, decisions=self.decisions,
+            states=self.states, observations=None if self.workers.pictures else self.observations, steps=self.steps, decisions=self.decisions,
             episodes=self.episodes, rngs=[rng.bit_generator.state for rng in self.rngs],
         )  # fmt: skip
 
     def load_state_dict(self, state):
         """Go on where `state_dict` was taken."""
-        for name in ("states", "observations", "steps", "decisions", "episodes"):
+        for name in ("states", "steps", "decisions", "episodes"):
             setattr(self, name, np.array(state[name]))
+        self.observations = self.workers.look(self.states) if self.workers.pictures else np.array(state["observations"])
         for rng, rng_state in zip(self.rngs, state["rngs"]):
             rng.bit_generator.state = rng_state
 

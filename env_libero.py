@@ -16,21 +16,15 @@ Action (7), each in -1 ... 1, at 20 Hz: end-effector position change (1 is 5 cm)
 """
 
 import contextlib
-import ctypes.util
 import io
 import logging
-import os
-import platform
 import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
-# MuJoCo picks its OpenGL library on import. Physics needs none, but robosuite loads one all the same.
-if platform.system() == "Linux" and "MUJOCO_GL" not in os.environ:
-    os.environ["MUJOCO_GL"] = "egl" if ctypes.util.find_library("EGL") else "disable"
-
+from mujoco_state import diverged as has_diverged, get_state, rendering_available, set_state, silence, stack  # before mujoco
 import mujoco
 import numba
 
@@ -46,13 +40,7 @@ ARM_NOISE = 0.02  # rad, standard deviation of the arm's start: robosuite's defa
 FIXTURE_SEED = 0  # draws the fixtures' poses under the official initial states, which do not contain them
 FPS = 20  # control steps a second
 ACTION_DIM = 7
-STATE_SPEC = int(
-    mujoco.mjtState.mjSTATE_TIME
-    | mujoco.mjtState.mjSTATE_QPOS
-    | mujoco.mjtState.mjSTATE_QVEL
-    | mujoco.mjtState.mjSTATE_WARMSTART  # without the solver's warm start a resumed run drifts in the last bits
-)
-DIVERGED = [int(w) for w in (mujoco.mjtWarning.mjWARN_BADQPOS, mujoco.mjtWarning.mjWARN_BADQVEL, mujoco.mjtWarning.mjWARN_BADQACC)]
+CAMERAS = dict(image="agentview", image2="robot0_eye_in_hand")  # lerobot's names: LIBERO's
 
 
 def official(index):
@@ -94,11 +82,6 @@ def parse_task_ids(name, text):
         if not 0 <= k < TASKS[name]:
             raise ValueError(f"--task-ids has {k}: {name} has the tasks 0 to {TASKS[name] - 1}.")
     return numbers
-
-
-def rendering_available():
-    """Whether MuJoCo was imported with an OpenGL library. robosuite, and so LIBERO, cannot be imported without one."""
-    return hasattr(mujoco, "Renderer") and os.environ.get("MUJOCO_GL") != "disable"
 
 
 @numba.njit(cache=True)
@@ -166,7 +149,7 @@ class Simulator:
             stock.reset()
         self.env, self.transforms = stock.env, transform_utils
         env = self.env
-        self.task_id = task_id
+        self.task_id, self.instruction = task_id, description.get_task(task_id).language
         self.one_hot = np.eye(TASKS[suite_name])[task_id] if suite_name != "libero_90" else np.zeros(0)
         self.official_states = description.get_task_init_states(task_id)
         self.model, self.data = model, data = env.sim.model._model, env.sim.data._data
@@ -186,7 +169,7 @@ class Simulator:
         self.substeps = round(env.control_timestep / env.model_timestep)
         self.fixtures = np.array([env.obj_body_id[name] for name in env.fixtures_dict if name in env.obj_body_id], dtype=int)
         self.fixtures = self.fixtures[self.fixtures > 0]
-        self.physics_dim = mujoco.mj_stateSize(model, STATE_SPEC)
+        self.physics_dim = len(get_state(model, data))
         self.gripper, self.goal_rotation = np.zeros(2), self.rest_rotation.copy()
         self.M, self.jac_p, self.jac_r = np.zeros((model.nv, model.nv)), np.zeros((3, model.nv)), np.zeros((3, model.nv))
         # arguments of osc_torques; the arrays are views into MuJoCo's data, which stay where they are
@@ -273,7 +256,7 @@ class Simulator:
                 turn = self.transforms.quat2mat(self.transforms.axisangle2quat(0.5 * action[3:6]))  # float32 inside
                 self.goal_rotation[:] = turn @ data.site_xmat[self.site].reshape(3, 3)
             self._drive(goal_position, action[6], self.sensed)
-            if any(data.warning[w].number for w in DIVERGED):
+            if has_diverged(data):
                 diverged = True
                 break
             success.append(bool(self.env._check_success()))
@@ -306,16 +289,14 @@ class Simulator:
             mujoco.mj_step2(model, data)
 
     def _get_state(self):
-        physics = np.empty(self.physics_dim)
-        mujoco.mj_getState(self.model, self.data, physics, STATE_SPEC)
+        physics = get_state(self.model, self.data)
         return np.concatenate([physics, self.gripper, self.goal_rotation.ravel(), self._get_fixtures()])
 
     def _set_state(self, state):
         physics, self.gripper[:], rotation, poses = np.split(state, np.cumsum([self.physics_dim, 2, 9]))
         self.goal_rotation[:] = rotation.reshape(3, 3)
         self._set_fixtures(poses)
-        mujoco.mj_resetData(self.model, self.data)  # clears the warnings too
-        mujoco.mj_setState(self.model, self.data, physics, STATE_SPEC)
+        set_state(self.model, self.data, physics)
 
     def _get_fixtures(self):
         return np.concatenate([self.model.body_pos[self.fixtures], self.model.body_quat[self.fixtures]], 1).ravel()
@@ -365,6 +346,22 @@ class Simulator:
             [thing[2] - self.height], destination - thing, destination - hand, others.ravel(), [k], self.one_hot,
         ])  # fmt: skip
 
+    def look(self, state, sizes):
+        """What a vision-language-action model sees in a state: the dict that lerobot's LiberoEnv returns, a pure function of `state`.
+
+        sizes: {camera: (height, width)} with cameras of CAMERAS. -> pixels {camera: (height, width, 3) uint8, upside down as
+        robosuite gives them}, robot_state, and the task's instruction.
+        """
+        self._set_state(state)
+        mujoco.mj_forward(self.model, self.data)
+        data, hand = self.data, self.model.body("robot0_right_hand").id
+        pixels = {name: self._picture(CAMERAS[name], *size)[::-1].copy() for name, size in sizes.items()}
+        joints = slice(self.arm, self.arm + 7)
+        eef = dict(pos=data.site_xpos[self.site].copy(), quat=np.roll(data.xquat[hand], -1), mat=data.site_xmat[self.site].reshape(3, 3).copy())
+        gripper = dict(qpos=data.qpos[self.fingers], qvel=data.qvel[self.fingers])
+        robot_state = dict(eef=eef, gripper=gripper, joints=dict(pos=data.qpos[joints].copy(), vel=data.qvel[joints].copy()))
+        return dict(pixels=pixels, robot_state=robot_state, task=self.instruction)
+
     # ---- rendering ----
 
     def _frame(self):
@@ -372,18 +369,22 @@ class Simulator:
 
     def render(self, frames, camera="agentview", height=256, width=256):
         """Pictures of recorded frames. (T, F) -> (T, height, width, 3) uint8. Needs EGL (or another GL)."""
-        if (height, width) not in self.renderers:
-            self.renderers[height, width] = mujoco.Renderer(self.model, height, width)
-        renderer, pictures, options = self.renderers[height, width], [], mujoco.MjvOption()
-        options.geomgroup[0] = 0  # collision shapes
-        options.sitegroup[:] = 0
+        pictures = []
         for frame in frames:
             self.data.qpos[:] = frame[: self.model.nq]
             self._set_fixtures(frame[self.model.nq :])
             mujoco.mj_forward(self.model, self.data)
-            renderer.update_scene(self.data, camera=camera, scene_option=options)
-            pictures.append(renderer.render())
+            pictures.append(self._picture(camera, height, width))
         return np.array(pictures)
+
+    def _picture(self, camera, height, width):
+        if (height, width) not in self.renderers:
+            self.renderers[height, width] = mujoco.Renderer(self.model, height, width)
+        options = mujoco.MjvOption()
+        options.geomgroup[0] = 0  # collision shapes
+        options.sitegroup[:] = 0
+        self.renderers[height, width].update_scene(self.data, camera=camera, scene_option=options)
+        return self.renderers[height, width].render()
 
 
 # ---- worker processes -------------------------------------------------------------------------------------------
@@ -393,16 +394,24 @@ class TaskSimulators(dict):
     """{task id: Simulator} of one worker process, all built at once."""
 
     def __init__(self, suite_name, task_ids):
-        mujoco.set_mju_user_warning(lambda text: None)  # `diverged` says it; MuJoCo would write MUJOCO_LOG.TXT where it stands
+        silence()
         super().__init__({k: Simulator(suite_name, k) for k in task_ids})
 
 
-def _reset(simulators, task_id, start):
-    return simulators[task_id].reset(start)
+def _reset(simulators, task_id, start, sizes):
+    state, observation = simulators[task_id].reset(start)
+    return state, simulators[task_id].look(state, sizes) if sizes else observation
 
 
-def _run(simulators, task_id, state, actions, stop_at_success, record):
-    return simulators[task_id].run(state, actions, stop_at_success, record)
+def _run(simulators, task_id, state, actions, stop_at_success, record, sizes):
+    chunk = simulators[task_id].run(state, actions, stop_at_success, record)
+    if sizes:
+        chunk.observation = simulators[task_id].look(chunk.state, sizes)
+    return chunk
+
+
+def _look(simulators, task_id, state, sizes):
+    return simulators[task_id].look(state, sizes)
 
 
 def _render(simulators, task_id, frames, camera, height, width):
@@ -410,28 +419,37 @@ def _render(simulators, task_id, frames, camera, height, width):
 
 
 class Workers:
-    """Simulator processes (worker_pool.py): a job that cannot be done comes back as a diverged chunk."""
+    """Simulator processes (worker_pool.py): a job that cannot be done comes back as a diverged chunk.
 
-    def __init__(self, num_workers, suite_name, task_ids):
-        self.suite_name = suite_name
+    With `pictures`, {camera: (height, width)}, observations are what `Simulator.look` sees at the end of a chunk, an object array
+    of dicts, instead of state vectors. There None stands for an episode that is over or was lost.
+    """
+
+    def __init__(self, num_workers, suite_name, task_ids, pictures=None):
+        self.suite_name, self.pictures = suite_name, pictures
         self.pool = WorkerPool(num_workers, TaskSimulators, suite_name, list(task_ids))
 
     def reset(self, task_ids, starts):
-        """Start episodes. task_ids, starts: n each -> list of n states, observations (n, S)."""
-        states, observations = zip(*self.pool.map(_reset, list(task_ids), list(starts)))
-        return list(states), np.stack(observations)
+        """Start episodes. task_ids, starts: n each -> list of n states, n observations."""
+        states, observations = zip(*self.pool.map(_reset, list(task_ids), list(starts), [self.pictures] * len(starts)))
+        return list(states), stack(observations, self.pictures)
 
     def run(self, task_ids, states, actions, stop_at_success=False, record=False):
         """`Simulator.run` for every row. actions: n arrays (T, 7) -> list of n `Chunk`."""
         n = len(states)
-        chunks = self.pool.map(_run, list(task_ids), list(states), list(actions), [stop_at_success] * n, [record] * n)
+        same = [[stop_at_success] * n, [record] * n, [self.pictures] * n]
+        chunks = self.pool.map(_run, list(task_ids), list(states), list(actions), *same)
         return [self._lost(state, record) if c is None else c for state, c in zip(states, chunks)]
+
+    def look(self, task_ids, states):
+        """The observations in n states, with pictures."""
+        return stack(self.pool.map(_look, list(task_ids), list(states), [self.pictures] * len(states)), self.pictures)
 
     def _lost(self, state, record):
         """What stands for a chunk whose simulator died: no step, and the episode has failed."""
         return Chunk(
             state=state,
-            observation=np.zeros(OBSERVATION_DIM[self.suite_name]),
+            observation=None if self.pictures else np.zeros(OBSERVATION_DIM[self.suite_name]),
             success=np.zeros(0, dtype=bool),
             diverged=True,
             frames=np.zeros((1, 0)) if record else None,
@@ -480,6 +498,8 @@ def play_episodes(workers, task_ids, starts, act, record=False):
             if record:
                 frames[i].append(chunk.frames[1:])
         alive = np.array([i for i in alive if length[i] < limit and not diverged[i] and not success[i]], int)
+        if workers.pictures:
+            observations[np.setdiff1d(range(n), alive)] = None  # nothing to look at, and nothing to decode
     frames = [np.concatenate(f) for f in frames] if record else None
     return dict(success=success, length=length, diverged=diverged, decisions=decisions, frames=frames)
 
@@ -527,7 +547,7 @@ class TrainingEnvs:
             num_steps=num_steps,
             terminated=terminated,
             truncated=truncated,
-            last_observation=np.stack([c.observation for c in chunks]),
+            last_observation=stack([c.observation for c in chunks], self.workers.pictures),
             episode_steps=self.steps.copy(),
         )
         self.states = [c.state for c in chunks]
@@ -542,17 +562,20 @@ class TrainingEnvs:
         return result
 
     def state_dict(self):
-        """Everything that decides how the environments go on, as plain values and arrays."""
+        """Everything that decides how the environments go on, as plain values and arrays. Pictures are not kept: states tell them."""
         return dict(
-            states=np.concatenate(self.states), sizes=np.array([len(s) for s in self.states]), observations=self.observations,
+            states=np.concatenate(self.states), sizes=np.array([len(s) for s in self.states]),
+            observations=None if self.workers.pictures else self.observations,
             steps=self.steps, decisions=self.decisions, episodes=self.episodes, rngs=[rng.bit_generator.state for rng in self.rngs],
         )  # fmt: skip
 
     def load_state_dict(self, state):
         """Go on where `state_dict` was taken."""
-        for name in ("observations", "steps", "decisions", "episodes"):
+        for name in ("steps", "decisions", "episodes"):
             setattr(self, name, np.array(state[name]))
         self.states = np.split(np.array(state["states"]), np.cumsum(state["sizes"])[:-1])
+        pictures = self.workers.pictures
+        self.observations = self.workers.look(self.task_ids, self.states) if pictures else np.array(state["observations"])
         for rng, rng_state in zip(self.rngs, state["rngs"]):
             rng.bit_generator.state = rng_state
 

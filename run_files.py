@@ -37,9 +37,11 @@ def check_args(args):
         value = getattr(args, field.name)
         if isinstance(value, float) and not math.isfinite(value):
             stop(f"--{field.name.replace('_', '-')} is {value}; give a finite number")
-    for name in ("total_env_steps", "num_envs", "num_workers", "rollout_decisions", "window", "critic_epochs", "actor_epochs",
-                 "minibatch_size", "flow_steps", "num_draws", "num_critics", "eval_every", "eval_episodes"):  # fmt: skip
+    for name in ("total_env_steps", "num_workers", "rollout_decisions", "window", "critic_epochs", "actor_epochs",
+                 "minibatch_size", "flow_steps", "num_draws", "num_critics", "latent_modes", "eval_every", "eval_episodes"):  # fmt: skip
         require(getattr(args, name) > 0, name, "it must be at least 1")
+    for name in ("num_envs", "latent_dim", "chunk_steps"):
+        require(getattr(args, name) is None or getattr(args, name) > 0, name, "it must be at least 1, or be left out")
     for name in ("seed", "critic_warmup", "explore_steps", "self_anchor", "prior_anchor", "drift_limit", "loss_cap", "advantage_limit", "velocity_anchor", "explore_eta"):
         require(getattr(args, name) >= 0, name, "it must not be negative")
     for name in ("actor_lr", "critic_lr", "beta"):
@@ -49,10 +51,9 @@ def check_args(args):
         require(0 <= getattr(args, name) <= 1, name, "it must lie in [0, 1]")
     require(0 < args.tau <= 1, "tau", "the Polyak step must lie in (0, 1]")
     require(args.sigma_floor is None or args.sigma_floor > 0, "sigma_floor", "it must be positive (D2)")
-    require(args.latent_dim is None or args.latent_dim > 0, "latent_dim", "it must be at least 1, or be left out to steer all of the base's")
     if args.device == "cuda" and not torch.cuda.is_available():
         stop("--device is cuda, but torch finds no CUDA device here; use --device cpu or --device auto")
-    if args.num_envs * args.rollout_decisions < 2:
+    if args.num_envs and args.num_envs * args.rollout_decisions < 2:
         stop(f"--num-envs {args.num_envs} with --rollout-decisions {args.rollout_decisions} makes one sample an iteration; Eq. 3 needs at least 2")
     if args.eval_only and args.resume:
         stop("--eval-only and --resume exclude each other; to evaluate a run give --eval-only --checkpoint runs/<name>/last.pt")
@@ -87,15 +88,16 @@ def write_atomically(path, data):
 
 
 def save_checkpoint(path, content):
-    """Write a checkpoint: torch's own format followed by its SHA-256, so that damage is found when it is read."""
+    """Write a checkpoint: torch's own format followed by its SHA-256, so that damage is found when it is read. Arrays become tensors."""
+    tensors = lambda v: torch.as_tensor(v) if isinstance(v, np.ndarray) else {k: tensors(e) for k, e in v.items()} if isinstance(v, dict) else v
     buffer = io.BytesIO()
-    torch.save(content, buffer)
+    torch.save(tensors(content), buffer)
     data = buffer.getvalue()
     write_atomically(path, data + hashlib.sha256(data).digest())
 
 
-def load_checkpoint(path, flag, task, device):
-    """Read a checkpoint without unpickling code; stop with one sentence if it is missing, damaged or of another task."""
+def load_checkpoint(path, flag, task):
+    """Read a checkpoint to the CPU, without unpickling code; stop with one sentence if it is missing, damaged or of another task."""
     try:
         data = Path(path).read_bytes()
     except OSError as error:
@@ -103,7 +105,7 @@ def load_checkpoint(path, flag, task, device):
     data, digest = data[:-32], data[-32:]
     if hashlib.sha256(data).digest() != digest:
         stop(f"{flag}: {path} is damaged or is not a checkpoint of this project; use another one from the same folder")
-    content = torch.load(io.BytesIO(data), weights_only=True, map_location=device)
+    content = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
     if content["task"] != task:
         stop(f"{flag}: {path} is a checkpoint of task {content['task']}, not of {task}; use the train script of that task")
     return content
@@ -179,11 +181,42 @@ class CsvLog:
         self.rows += 1
 
 
+class LatentLog:
+    """latents.npz: x^(0) and x^(K) of some episodes of every evaluation, with where each comes from. `until`: on resume, keep what is
+    there up to so many environment steps."""
+
+    def __init__(self, path, until=None):
+        self.path, self.columns = path, {}
+        if until is not None and path.exists():
+            with np.load(path) as file:
+                known = file["env_steps"] <= until
+                self.columns = {key: [file[key][known]] for key in file}
+
+    def add(self, result, chosen):
+        """result: of an evaluation, with `drawn`, a pair of latents (n, D) a decision. chosen: episodes to keep."""
+        for chunk, (x_0, x_K) in enumerate(result["drawn"]):
+            i = chosen[result["decisions"][chosen] > chunk]
+            row = dict(x0=x_0[i], xK=x_K[i], env_steps=np.full(len(i), result["env_steps"]), chunk=np.full(len(i), chunk))
+            row.update({key: result[key][i] for key in ("task_id", "episode", "success") if key in result})
+            for key, values in row.items():
+                self.columns.setdefault(key, []).append(np.asarray(values))
+        write_arrays(self.path, {key: np.concatenate(parts) for key, parts in self.columns.items()})
+
+
 def write_arrays(path, arrays):
     """Write a dict of arrays as an .npz, in one piece."""
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     write_atomically(path, buffer.getvalue())
+
+
+def compare(before, after):
+    """Print how many episodes the tuned actor fixed, broke, kept and left failed. -> {kind: indices of its episodes}"""
+    before, after = before["success"], after["success"]
+    kinds = {"fixed": ~before & after, "broken": before & ~after, "kept": before & after, "failed": ~before & ~after}
+    for kind, members in kinds.items():
+        print(f"{kind:6} {members.sum():4} of {len(members)} episodes")
+    return {kind: np.flatnonzero(members) for kind, members in kinds.items()}
 
 
 def write_side_by_side(path, films, fps):

@@ -12,7 +12,6 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers inherit it; the parent sets its own threads below
 
-import hashlib
 import math
 import signal
 import sys
@@ -36,8 +35,8 @@ from fpo_buffer import TrajectoryBuffer
 from fpo_critic import QEnsemble, critic_loss, fresh_value, gae, polyak_update, stored_value, td_target
 from fpo_loss import fpo_loss
 from run_files import (
-    CsvLog, check_args, load_checkpoint, new_run_folder, rate, resumed_args, save_checkpoint, stop, wilson, write_args,
-    write_arrays, write_side_by_side,
+    CsvLog, LatentLog, check_args, compare, load_checkpoint, new_run_folder, rate, resumed_args, save_checkpoint, stop, wilson,
+    write_args, write_side_by_side,
 )  # fmt: skip
 
 TASK = "aloha"
@@ -53,8 +52,8 @@ class Args:
     """where the networks run; auto takes CUDA where there is one"""
     total_env_steps: int = 1_600_000
     """control steps of training, evaluation not counted"""
-    num_envs: int = 32
-    """parallel environments"""
+    num_envs: int | None = None
+    """parallel environments; 32 if left out, 8 with π_0 on a CPU or on a GPU of less than 20 GB"""
     num_workers: int = min(os.cpu_count() or 1, 16)
     """simulator processes; the results do not depend on it"""
     rollout_decisions: int = 10
@@ -123,10 +122,20 @@ class Args:
     """permute the advantages: a control that must not learn (D14)"""
     literal: bool = False
     """the paper to the letter: σ floor 1e-8, no stabiliser, stored value latents"""
-    base: Literal["embedded"] = "embedded"
-    """the frozen base policy π_0: the small flow policy that ships in weights/"""
+    base: Literal["embedded", "pi0"] = "embedded"
+    """the frozen base policy π_0: the small flow policy that ships in weights/, or π_0 itself through lerobot"""
     weights: str | None = None
-    """the embedded base's file; weights/aloha.safetensors beside this script if left out"""
+    """the base: a file for embedded, weights/aloha.safetensors beside this script if left out; for pi0 a folder or a name on the hub"""
+    latent: Literal["dct", "full", "repeat"] = "dct"
+    """pi0: what the latents stand for in its noise: low modes along time, every number, or one row repeated as in DSRL (D12)"""
+    latent_modes: int = 4
+    """pi0: modes along time of --latent dct"""
+    chunk_steps: int | None = None
+    """pi0: control steps that are executed of a chunk; the policy's own n_action_steps if left out"""
+    openpi_aloha: bool = False
+    """pi0: the policy comes from openpi, whose ALOHA has other signs of joints and another unit of the gripper"""
+    compile: bool = False
+    """pi0: torch.compile its denoising step"""
     eval_every: int = 200_000
     """control steps between evaluations"""
     eval_episodes: int = 200
@@ -134,7 +143,7 @@ class Args:
     eval_only: bool = False
     """evaluate and end; with --checkpoint the tuned actor too"""
     checkpoint: str | None = None
-    """the checkpoint to evaluate, for --eval-only"""
+    """the checkpoint to evaluate, for --eval-only; with --base pi0 a name without .pt is that of the base, as --weights"""
     video: bool = False
     """write videos of base and tuned actor from the same initial states (needs EGL)"""
     run_name: str | None = None
@@ -151,6 +160,8 @@ if __name__ == "__main__":
         args.sigma_floor, args.value_latents = 1e-8, "stored"
         args.self_anchor = args.prior_anchor = args.drift_limit = args.loss_cap = 0.0
         args.velocity_anchor = args.advantage_limit = 0.0
+    if args.base == "pi0" and args.checkpoint and not args.checkpoint.endswith(".pt"):
+        args.weights, args.checkpoint = args.checkpoint, None
     check_args(args)
     if args.video and not env_aloha.rendering_available():
         stop("--video needs OpenGL, and EGL was not found; install it (Debian: apt-get install libegl1 libgl1) or leave the flag out")
@@ -158,16 +169,25 @@ if __name__ == "__main__":
     torch.set_num_threads(1)  # more for the update only: waiting threads of torch spin, and would take the workers' cores
 
     # ---- frozen base π_0, actor π_θ, critics Q_φ, targets Q_φ̄, buffer B (Algorithm 1, line 1) ----
-    weights = args.weights or Path(__file__).parent / "weights" / "aloha.safetensors"
     try:
-        base = FlowBase.load(weights, device=device, task=TASK)
+        if args.base == "pi0":
+            from base_pi0 import Pi0Base
+
+            weights = args.weights
+            base = Pi0Base.load(weights, "aloha", ("top",), device, compile=args.compile, latent=args.latent, latent_modes=args.latent_modes,
+                                chunk_steps=args.chunk_steps, openpi_aloha=args.openpi_aloha)  # fmt: skip
+        else:
+            weights = args.weights or Path(__file__).parent / "weights" / "aloha.safetensors"
+            base = FlowBase.load(weights, device=device, task=TASK)
     except ValueError as error:
         stop(f"--weights: {error}")
-    weights_sha256 = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
+    if base.latent_dim == 0 and not args.eval_only:
+        stop(f"--weights is {weights}, a {base.config.type} policy, whose noise nobody can choose; add --eval-only to measure it as it is")
+    args.num_envs = args.num_envs or base.num_envs
     D = args.latent_dim or base.latent_dim
     if D > base.latent_dim:
         stop(f"--latent-dim is {D}, but the base in {weights} has {base.latent_dim} latent dimensions; give at most that")
-    sigma_floor = 2 * args.beta / D if args.sigma_floor is None else args.sigma_floor  # D2
+    sigma_floor = 2 * args.beta / max(D, 1) if args.sigma_floor is None else args.sigma_floor  # D2
     torch.manual_seed(args.seed)
     actor = FlowActor(base.state_dim, D).to(device)
     critic, target = (QEnsemble(base.state_dim, D, args.num_critics).to(device) for _ in range(2))
@@ -181,8 +201,8 @@ if __name__ == "__main__":
 
     if args.checkpoint or args.resume:
         flag, path = ("--checkpoint", args.checkpoint) if args.eval_only else ("--resume", Path(args.resume) / "last.pt")
-        saved = load_checkpoint(path, flag, TASK, device)
-        if saved["latent_dim"] != D or saved["weights_sha256"] != weights_sha256:
+        saved = load_checkpoint(path, flag, TASK)
+        if saved["latent_dim"] != D or saved["weights_sha256"] != base.sha256:
             stop(f"{flag}: {path} was trained on another base or latent dimension than {weights}; name that base with --weights")
         actor.load_state_dict(saved["actor"])
         env_steps = saved["env_steps"]
@@ -204,17 +224,13 @@ if __name__ == "__main__":
     metrics_log = CsvLog(folder / "metrics.csv", METRICS, keep[0])
     episode_log = CsvLog(folder / "eval.csv", EPISODES, keep[1])
     scalars = SummaryWriter(folder, purge_step=saved["env_steps"] + 1 if args.resume else None)
-    latents = {key: [] for key in ("x0", "xK", "env_steps", "episode", "chunk", "success")}  # for latents.npz
-    if args.resume and (folder / "latents.npz").exists():
-        with np.load(folder / "latents.npz") as file:
-            known = file["env_steps"] <= saved["env_steps"]
-            latents = {key: [file[key][known]] for key in latents}
+    latent_log = LatentLog(folder / "latents.npz", saved["env_steps"] if args.resume else None)
 
     def interrupt(*_):
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, interrupt)
-    workers = Workers(args.num_workers)
+    workers = Workers(args.num_workers, base.pictures)
 
     @torch.no_grad()
     def evaluate(policy, num_episodes, record=False, log=True):
@@ -226,7 +242,7 @@ if __name__ == "__main__":
 
         def act(observations):
             progress.update()
-            s, context = base.encode(torch.as_tensor(observations, dtype=torch.float32, device=device))
+            s, context = base.encode(observations)
             if policy == "tuned":
                 x = actor.sample(s, args.flow_steps, noise)
             else:  # the base itself takes N(0, I), which is what the untrained actor gives exactly (D7)
@@ -234,32 +250,21 @@ if __name__ == "__main__":
             drawn.append((x.cpu(), actor.explore(x, s, args.explore_steps, args.explore_eta, args.explore_grid).cpu()))
             return base.decode(context, base.to_noise(x, noise)).cpu().numpy()
 
-        result = dict(play_episodes(workers, poses, act, record), policy=policy, env_steps=env_steps * (policy == "tuned"), drawn=drawn)
+        result = dict(play_episodes(workers, poses, act, record), policy=policy, env_steps=env_steps * (policy == "tuned"), drawn=drawn,
+                      episode=np.arange(num_episodes))  # fmt: skip
         progress.close()
         for i in range(num_episodes if log else 0):
             episode_log.write(dict(policy=policy, env_steps=result["env_steps"], episode=i, cube_x=poses[i, 0], cube_y=poses[i, 1],
                                    **{key: int(result[key][i]) for key in ("success", "strict", "length", "diverged")}))  # fmt: skip
         return result
 
-    def log_latents(result, episodes=50):
-        """Add the latents of the first episodes of an evaluation to latents.npz."""
-        for chunk, (x_0, x_K) in enumerate(result["drawn"]):
-            i = np.flatnonzero(result["decisions"][:episodes] > chunk)
-            columns = (x_0[i], x_K[i], np.full(len(i), result["env_steps"]), i, np.full(len(i), chunk), result["success"][i])
-            for key, column in zip(latents, columns):
-                latents[key].append(np.asarray(column))
-        write_arrays(folder / "latents.npz", {key: np.concatenate(parts) for key, parts in latents.items()})
-
     def save(name):
         """Everything that decides how the run goes on."""
-        envs_state = envs.state_dict()
-        for key, value in envs_state.items():
-            envs_state[key] = torch.as_tensor(value) if isinstance(value, np.ndarray) else value
         save_checkpoint(folder / name, dict(
-            task=TASK, latent_dim=D, weights_sha256=weights_sha256, iteration=iteration, env_steps=env_steps, seconds=elapsed(),
+            task=TASK, latent_dim=D, weights_sha256=base.sha256, iteration=iteration, env_steps=env_steps, seconds=elapsed(),
             actor=actor.state_dict(), critic=critic.state_dict(), target=target.state_dict(),
             actor_optimizer=actor_optimizer.state_dict(), critic_optimizer=critic_optimizer.state_dict(),
-            buffer=buffer.iterations, generator=generator.get_state(), envs=envs_state, recent=list(recent),
+            buffer=buffer.iterations, generator=generator.get_state(), envs=envs.state_dict(), recent=list(recent),
             evaluations=evaluations, metric_rows=metrics_log.rows, episode_rows=episode_log.rows,
         ))  # fmt: skip
 
@@ -277,12 +282,12 @@ if __name__ == "__main__":
         # ---- the untouched base first, before any update ----
         videos = {}
         if args.eval_only or not args.resume:
-            for policy in ("base", "zero latents") + (("tuned",) if args.checkpoint else ()):
+            for policy in ["base"] + ["zero latents"] * (D > 0) + ["tuned"] * bool(args.checkpoint):
                 videos[policy] = evaluate(policy, args.eval_episodes, record=args.video)
                 evaluations.append(summary(videos[policy]))
                 e = evaluations[-1]
                 print(f"{policy:12} {rate(e['success'], e['episodes'])}   strict {rate(e['strict'], e['episodes'])}", flush=True)
-            log_latents(videos["base"])
+            latent_log.add(videos["base"], np.arange(min(50, args.eval_episodes)))
         if not args.eval_only:
             envs = TrainingEnvs(workers, args.num_envs, args.seed)
             if args.resume:
@@ -290,13 +295,14 @@ if __name__ == "__main__":
                 target.load_state_dict(saved["target"])
                 actor_optimizer.load_state_dict(saved["actor_optimizer"])
                 critic_optimizer.load_state_dict(saved["critic_optimizer"])
-                buffer.iterations = saved["buffer"]
-                generator.set_state(saved["generator"].cpu())
-                envs.load_state_dict({k: v.cpu().numpy() if torch.is_tensor(v) else v for k, v in saved["envs"].items()})
+                buffer.iterations = [{k: v.to(device) for k, v in b.items()} for b in saved["buffer"]]
+                generator.set_state(saved["generator"])
+                envs.load_state_dict(saved["envs"])
                 recent.extend(saved["recent"])
                 iteration, seconds, evaluations = (saved[k] for k in ("iteration", "seconds", "evaluations"))
             else:
                 save("last.pt")
+            s_t, context = base.encode(envs.observations)  # line 6, for the first decision
             bar = tqdm(total=args.total_env_steps, initial=env_steps, unit="step", unit_scale=True, mininterval=mininterval, smoothing=0.1)
 
         # ---- for each iteration (line 2) ----
@@ -308,18 +314,22 @@ if __name__ == "__main__":
             # ---- rollout phase (lines 3-12); θ_old is θ, for nothing changes it here ----
             rows = []
             for t in range(args.rollout_decisions):
-                s, context = base.encode(torch.as_tensor(envs.observations, dtype=torch.float32, device=device))  # line 6
-                x_0 = actor.sample(s, args.flow_steps, generator)  # line 7: x^(0) ~ π_θ(· | s)
-                x_K = actor.explore(x_0, s, args.explore_steps, args.explore_eta, args.explore_grid)  # Eq. 7
+                x_0 = actor.sample(s_t, args.flow_steps, generator)  # line 7: x^(0) ~ π_θ(· | s)
+                x_K = actor.explore(x_0, s_t, args.explore_steps, args.explore_eta, args.explore_grid)  # Eq. 7
                 a = base.decode(context, base.to_noise(x_K, generator))  # line 8
                 step = envs.step(a.cpu().numpy())  # line 9
                 # D8: reward 1 at the first success; a decision's reward is Σ_{j<h'} γ^j r_{t+j}, its bootstrap factor γ^h'
                 r = step["success"] * args.gamma ** (step["num_steps"] - 1.0)
                 ended = step["terminated"] | step["truncated"]
-                s_next, _ = base.encode(torch.as_tensor(step["last_observation"], dtype=torch.float32, device=device))
+                # every observation is encoded once: s' is the next decision's s, but where an episode ended and another began
+                s_after, context = base.encode(envs.observations)  # line 6, for the next decision
+                s_next = s_after.clone()
+                if ended.any():
+                    s_next[np.flatnonzero(ended)] = base.encode(step["last_observation"][ended])[0]
                 column = lambda values: torch.as_tensor(values, dtype=torch.float32, device=device)
-                rows.append(dict(s=s, x0=x_0, x=x_K, s_next=s_next, r=column(r), discount=column(args.gamma ** step["num_steps"]),
+                rows.append(dict(s=s_t, x0=x_0, x=x_K, s_next=s_next, r=column(r), discount=column(args.gamma ** step["num_steps"]),
                                  terminated=column(step["terminated"]), ended=column(ended)))  # fmt: skip
+                s_t = s_after
                 for i in np.flatnonzero(ended):
                     recent.append(float(step["success"][i]))
                     lengths.append(step["episode_steps"][i])
@@ -434,7 +444,7 @@ if __name__ == "__main__":
                 row["eval/success"], row["eval/strict"] = e["success"] / e["episodes"], e["strict"] / e["episodes"]
                 row["eval/success_low"], row["eval/success_high"] = wilson(e["success"], e["episodes"])
                 row["eval/episodes"] = e["episodes"]
-                log_latents(result)
+                latent_log.add(result, np.arange(min(50, e["episodes"])))
                 bar.write(f"{env_steps:9,d} steps  {elapsed() / 60:5.1f} min  tuned {rate(e['success'], e['episodes'])}")
                 videos["tuned"] = result
             metrics_log.write(row)
@@ -459,16 +469,13 @@ if __name__ == "__main__":
     if final[-1]["policy"] == "tuned":
         gain = 100 * (final[-1]["success"] / final[-1]["episodes"] - final[0]["success"] / final[0]["episodes"])
         print(f"gain over base {gain:+.1f} points")
-    if args.video and "tuned" in videos:  # Fig. 4a, 6: base left, tuned right, from the same initial states
+    if "tuned" in videos:
         before, after = videos.get("base"), videos["tuned"]
         if before is None:  # a resumed run has not played the base itself
-            before = evaluate("base", args.eval_episodes, record=True, log=False)
-        kinds = {"fixed": ~before["success"] & after["success"], "kept": before["success"] & after["success"], "failed": ~after["success"]}
-        for kind, members in kinds.items():
-            print(f"{kind:6} {members.sum():4} of {len(members)} episodes", end="")
-            for i in np.flatnonzero(members)[:1]:
-                films = workers.render([before["qpos"][i][::4], after["qpos"][i][::4]])
-                write_side_by_side(folder / f"{kind}_episode{i}.mp4", films, env_aloha.FPS / 4)
-                print(f", base | tuned in {folder / f'{kind}_episode{i}.mp4'}", end="")
-            print()
+            before = evaluate("base", args.eval_episodes, record=args.video, log=False)
+        for kind, members in compare(before, after).items():
+            for i in members[:1] if args.video else ():  # Fig. 4a, 6: base left, tuned right, from the same initial state
+                film = folder / f"{kind}_episode{i}.mp4"
+                write_side_by_side(film, workers.render([before["qpos"][i][::4], after["qpos"][i][::4]]), env_aloha.FPS / 4)
+                print(f"{kind}, base | tuned: {film}")
     workers.close()

@@ -13,7 +13,6 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers inherit it; the parent sets its own threads below
 
-import hashlib
 import math
 import signal
 import sys
@@ -37,8 +36,8 @@ from fpo_buffer import TrajectoryBuffer
 from fpo_critic import QEnsemble, critic_loss, fresh_value, gae, polyak_update, stored_value, td_target
 from fpo_loss import fpo_loss
 from run_files import (
-    CsvLog, check_args, load_checkpoint, new_run_folder, rate, resumed_args, save_checkpoint, stop, wilson, write_args,
-    write_arrays, write_side_by_side, write_table,
+    CsvLog, LatentLog, check_args, compare, load_checkpoint, new_run_folder, rate, resumed_args, save_checkpoint, stop, wilson,
+    write_args, write_side_by_side, write_table,
 )  # fmt: skip
 
 FRESH_LATENTS = 4  # J of D5
@@ -54,10 +53,10 @@ class Args:
     """seed of the actor, the critics, every draw and the training episodes"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where the networks run; auto takes CUDA where there is one"""
-    total_env_steps: int = 250_000
-    """control steps of training, evaluation not counted"""
-    num_envs: int = 32
-    """parallel environments"""
+    total_env_steps: int | None = None
+    """control steps of training, evaluation not counted; 250 000 for one task, 300 000 for several if left out"""
+    num_envs: int | None = None
+    """parallel environments; 32 if left out, 8 with π_0 on a CPU or on a GPU of less than 20 GB"""
     num_workers: int = min(os.cpu_count() or 1, 16)
     """simulator processes; the results do not depend on it"""
     rollout_decisions: int = 10
@@ -126,18 +125,26 @@ class Args:
     """permute the advantages: a control that must not learn (D14)"""
     literal: bool = False
     """the paper to the letter: σ floor 1e-8, no stabiliser, stored value latents"""
-    base: Literal["embedded"] = "embedded"
-    """the frozen base policy π_0: the small flow policy that ships in weights/"""
+    base: Literal["embedded", "pi0"] = "embedded"
+    """the frozen base policy π_0: the small flow policy that ships in weights/, or π_0 itself through lerobot"""
     weights: str | None = None
-    """the embedded base's file; weights/<suite>.safetensors (libero_90: with _task56) beside this script if left out"""
-    eval_every: int = 50_000
-    """control steps between evaluations"""
+    """the base: a file for embedded, weights/<suite>.safetensors (libero_90: with _task56) beside this script if left out; for pi0 a folder or a name on the hub"""
+    latent: Literal["dct", "full", "repeat"] = "dct"
+    """pi0: what the latents stand for in its noise: low modes along time, every number, or one row repeated as in DSRL (D12)"""
+    latent_modes: int = 4
+    """pi0: modes along time of --latent dct"""
+    chunk_steps: int | None = None
+    """pi0: control steps that are executed of a chunk; the policy's own n_action_steps if left out"""
+    compile: bool = False
+    """pi0: torch.compile its denoising step"""
+    eval_every: int | None = None
+    """control steps between evaluations; 50 000 for one task, 100 000 for several if left out"""
     eval_episodes: int = OFFICIAL_STATES
     """episodes a task of the first and the last evaluation, one an official initial state; those between play half of them"""
     eval_only: bool = False
     """evaluate and end; with --checkpoint the tuned actor too"""
     checkpoint: str | None = None
-    """the checkpoint to evaluate, for --eval-only"""
+    """the checkpoint to evaluate, for --eval-only; with --base pi0 a name without .pt is that of the base, as --weights"""
     video: bool = False
     """write videos of base and tuned actor from the same initial states (needs EGL)"""
     run_name: str | None = None
@@ -154,35 +161,49 @@ if __name__ == "__main__":
         args.sigma_floor, args.value_latents = 1e-8, "stored"
         args.self_anchor = args.prior_anchor = args.drift_limit = args.loss_cap = 0.0
         args.velocity_anchor = args.advantage_limit = 0.0
-    check_args(args)
-    if not env_libero.rendering_available():
-        stop("LIBERO needs OpenGL even without pictures, and EGL was not found; install it (Debian: apt-get install libegl1 libgl1)")
+    if args.base == "pi0" and args.checkpoint and not args.checkpoint.endswith(".pt"):
+        args.weights, args.checkpoint = args.checkpoint, None
     if args.task_ids is None:
         args.task_ids = "56" if args.suite == "libero_90" else "all"
-    if args.eval_episodes > OFFICIAL_STATES:
-        stop(f"--eval-episodes is {args.eval_episodes}; a task has {OFFICIAL_STATES} official initial states, give at most that")
     try:
         task_ids = parse_task_ids(args.suite, args.task_ids)
     except ValueError as error:
         stop(str(error))
+    for name, one, several in (("total_env_steps", 250_000, 300_000), ("eval_every", 50_000, 100_000)):
+        if getattr(args, name) is None:
+            setattr(args, name, one if len(task_ids) == 1 else several)
+    check_args(args)
+    if not env_libero.rendering_available():
+        stop("LIBERO needs OpenGL even without pictures, and EGL was not found; install it (Debian: apt-get install libegl1 libgl1)")
+    if args.eval_episodes > OFFICIAL_STATES:
+        stop(f"--eval-episodes is {args.eval_episodes}; a task has {OFFICIAL_STATES} official initial states, give at most that")
     task = f"libero_90_task{args.task_ids.replace(',', '_')}" if args.suite == "libero_90" else args.suite  # the base's name for it
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)  # more for the update only: waiting threads of torch spin, and would take the workers' cores
 
     # ---- frozen base π_0, actor π_θ, critics Q_φ, targets Q_φ̄, buffer B (Algorithm 1, line 1) ----
-    weights = args.weights or Path(__file__).parent / "weights" / f"{task}.safetensors"
     try:
-        base = FlowBase.load(weights, device=device, task=task)
+        if args.base == "pi0":
+            from base_pi0 import Pi0Base
+
+            weights = args.weights
+            base = Pi0Base.load(weights, "libero", env_libero.CAMERAS, device, compile=args.compile, latent=args.latent, latent_modes=args.latent_modes,
+                                chunk_steps=args.chunk_steps)  # fmt: skip
+        else:
+            weights = args.weights or Path(__file__).parent / "weights" / f"{task}.safetensors"
+            base = FlowBase.load(weights, device=device, task=task)
     except ValueError as error:
         stop(f"--weights: {error}")
+    if base.latent_dim == 0 and not args.eval_only:
+        stop(f"--weights is {weights}, a {base.config.type} policy, whose noise nobody can choose; add --eval-only to measure it as it is")
+    args.num_envs = args.num_envs or base.num_envs
     covered = [k for k in task_ids if k in base.header["task_ids"]]  # the others appear in the tables as what they are: not cloned
     if not covered:
         stop(f"--task-ids is {args.task_ids}, but the base in {weights} was cloned on the tasks {base.header['task_ids']} alone; name some of them")
-    weights_sha256 = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
     D = args.latent_dim or base.latent_dim
     if D > base.latent_dim:
         stop(f"--latent-dim is {D}, but the base in {weights} has {base.latent_dim} latent dimensions; give at most that")
-    sigma_floor = 2 * args.beta / D if args.sigma_floor is None else args.sigma_floor  # D2
+    sigma_floor = 2 * args.beta / max(D, 1) if args.sigma_floor is None else args.sigma_floor  # D2
     torch.manual_seed(args.seed)
     actor = FlowActor(base.state_dim, D).to(device)
     critic, target = (QEnsemble(base.state_dim, D, args.num_critics).to(device) for _ in range(2))
@@ -196,8 +217,8 @@ if __name__ == "__main__":
 
     if args.checkpoint or args.resume:
         flag, path = ("--checkpoint", args.checkpoint) if args.eval_only else ("--resume", Path(args.resume) / "last.pt")
-        saved = load_checkpoint(path, flag, task, device)
-        if saved["latent_dim"] != D or saved["weights_sha256"] != weights_sha256:
+        saved = load_checkpoint(path, flag, task)
+        if saved["latent_dim"] != D or saved["weights_sha256"] != base.sha256:
             stop(f"{flag}: {path} was trained on another base or latent dimension than {weights}; name that base with --weights")
         actor.load_state_dict(saved["actor"])
         env_steps = saved["env_steps"]
@@ -219,17 +240,13 @@ if __name__ == "__main__":
     metrics_log = CsvLog(folder / "metrics.csv", METRICS, keep[0])
     episode_log = CsvLog(folder / "eval.csv", EPISODES, keep[1])
     scalars = SummaryWriter(folder, purge_step=saved["env_steps"] + 1 if args.resume else None)
-    latents = {key: [] for key in ("x0", "xK", "env_steps", "task_id", "episode", "chunk", "success")}  # for latents.npz
-    if args.resume and (folder / "latents.npz").exists():
-        with np.load(folder / "latents.npz") as file:
-            known = file["env_steps"] <= saved["env_steps"]
-            latents = {key: [file[key][known]] for key in latents}
+    latent_log = LatentLog(folder / "latents.npz", saved["env_steps"] if args.resume else None)
 
     def interrupt(*_):
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, interrupt)
-    workers = Workers(args.num_workers, args.suite, covered)
+    workers = Workers(args.num_workers, args.suite, covered, base.pictures)
 
     @torch.no_grad()
     def evaluate(policy, num_episodes, record=False, log=True):
@@ -241,7 +258,7 @@ if __name__ == "__main__":
 
         def act(observations):
             progress.update()
-            s, context = base.encode(torch.as_tensor(observations, dtype=torch.float32, device=device))
+            s, context = base.encode(observations)
             if policy == "tuned":
                 x = actor.sample(s, args.flow_steps, noise)
             else:  # the base itself takes N(0, I), which is what the untrained actor gives exactly (D7)
@@ -257,27 +274,13 @@ if __name__ == "__main__":
             episode_log.write(dict(row, policy=policy, env_steps=result["env_steps"]))
         return result
 
-    def log_latents(result, episodes=50):
-        """Add the latents of some episodes of an evaluation to latents.npz, spread over the tasks."""
-        some = np.flatnonzero(result["episode"] < math.ceil(episodes / len(covered)))
-        for chunk, (x_0, x_K) in enumerate(result["drawn"]):
-            i = some[result["decisions"][some] > chunk]
-            columns = (x_0[i], x_K[i], np.full(len(i), result["env_steps"]), result["task_id"][i], result["episode"][i],
-                       np.full(len(i), chunk), result["success"][i])  # fmt: skip
-            for key, column in zip(latents, columns):
-                latents[key].append(np.asarray(column))
-        write_arrays(folder / "latents.npz", {key: np.concatenate(parts) for key, parts in latents.items()})
-
     def save(name):
         """Everything that decides how the run goes on."""
-        envs_state = envs.state_dict()
-        for key, value in envs_state.items():
-            envs_state[key] = torch.as_tensor(value) if isinstance(value, np.ndarray) else value
         save_checkpoint(folder / name, dict(
-            task=task, latent_dim=D, weights_sha256=weights_sha256, iteration=iteration, env_steps=env_steps, seconds=elapsed(),
+            task=task, latent_dim=D, weights_sha256=base.sha256, iteration=iteration, env_steps=env_steps, seconds=elapsed(),
             actor=actor.state_dict(), critic=critic.state_dict(), target=target.state_dict(),
             actor_optimizer=actor_optimizer.state_dict(), critic_optimizer=critic_optimizer.state_dict(),
-            buffer=buffer.iterations, generator=generator.get_state(), envs=envs_state, recent=list(recent),
+            buffer=buffer.iterations, generator=generator.get_state(), envs=envs.state_dict(), recent=list(recent),
             evaluations=evaluations, metric_rows=metrics_log.rows, episode_rows=episode_log.rows,
         ))  # fmt: skip
 
@@ -286,6 +289,7 @@ if __name__ == "__main__":
         return dict(policy=result["policy"], env_steps=result["env_steps"], episodes=len(result["success"]),
                     success=int(result["success"].sum()), by_task=by_task)  # fmt: skip
 
+    latent_episodes = math.ceil(50 / len(covered))  # a task, for latents.npz
     mininterval = 0.5 if sys.stderr.isatty() else 30.0
     start = time.perf_counter()
 
@@ -296,12 +300,12 @@ if __name__ == "__main__":
         # ---- the untouched base first, before any update ----
         videos = {}
         if args.eval_only or not args.resume:
-            for policy in ("base", "zero latents") + (("tuned",) if args.checkpoint else ()):
+            for policy in ["base"] + ["zero latents"] * (D > 0) + ["tuned"] * bool(args.checkpoint):
                 videos[policy] = evaluate(policy, args.eval_episodes, record=args.video)
                 evaluations.append(summary(videos[policy]))
                 e = evaluations[-1]
                 print(f"{policy:12} {rate(e['success'], e['episodes'])}", flush=True)
-            log_latents(videos["base"])
+            latent_log.add(videos["base"], np.flatnonzero(videos["base"]["episode"] < latent_episodes))
         if not args.eval_only:
             envs = TrainingEnvs(workers, covered, args.num_envs, args.seed)
             if args.resume:
@@ -309,13 +313,14 @@ if __name__ == "__main__":
                 target.load_state_dict(saved["target"])
                 actor_optimizer.load_state_dict(saved["actor_optimizer"])
                 critic_optimizer.load_state_dict(saved["critic_optimizer"])
-                buffer.iterations = saved["buffer"]
-                generator.set_state(saved["generator"].cpu())
-                envs.load_state_dict({k: v.cpu().numpy() if torch.is_tensor(v) else v for k, v in saved["envs"].items()})
+                buffer.iterations = [{k: v.to(device) for k, v in b.items()} for b in saved["buffer"]]
+                generator.set_state(saved["generator"])
+                envs.load_state_dict(saved["envs"])
                 recent.extend(saved["recent"])
                 iteration, seconds, evaluations = (saved[k] for k in ("iteration", "seconds", "evaluations"))
             else:
                 save("last.pt")
+            s_t, context = base.encode(envs.observations)  # line 6, for the first decision
             bar = tqdm(total=args.total_env_steps, initial=env_steps, unit="step", unit_scale=True, mininterval=mininterval, smoothing=0.1)
 
         # ---- for each iteration (line 2) ----
@@ -327,18 +332,22 @@ if __name__ == "__main__":
             # ---- rollout phase (lines 3-12); θ_old is θ, for nothing changes it here ----
             rows = []
             for t in range(args.rollout_decisions):
-                s, context = base.encode(torch.as_tensor(envs.observations, dtype=torch.float32, device=device))  # line 6
-                x_0 = actor.sample(s, args.flow_steps, generator)  # line 7: x^(0) ~ π_θ(· | s)
-                x_K = actor.explore(x_0, s, args.explore_steps, args.explore_eta, args.explore_grid)  # Eq. 7
+                x_0 = actor.sample(s_t, args.flow_steps, generator)  # line 7: x^(0) ~ π_θ(· | s)
+                x_K = actor.explore(x_0, s_t, args.explore_steps, args.explore_eta, args.explore_grid)  # Eq. 7
                 a = base.decode(context, base.to_noise(x_K, generator))  # line 8
                 step = envs.step(a.cpu().numpy())  # line 9
                 # D8: reward 1 at the first success; a decision's reward is Σ_{j<h'} γ^j r_{t+j}, its bootstrap factor γ^h'
                 r = step["success"] * args.gamma ** (step["num_steps"] - 1.0)
                 ended = step["terminated"] | step["truncated"]
-                s_next, _ = base.encode(torch.as_tensor(step["last_observation"], dtype=torch.float32, device=device))
+                # every observation is encoded once: s' is the next decision's s, but where an episode ended and another began
+                s_after, context = base.encode(envs.observations)  # line 6, for the next decision
+                s_next = s_after.clone()
+                if ended.any():
+                    s_next[np.flatnonzero(ended)] = base.encode(step["last_observation"][ended])[0]
                 column = lambda values: torch.as_tensor(values, dtype=torch.float32, device=device)
-                rows.append(dict(s=s, x0=x_0, x=x_K, s_next=s_next, r=column(r), discount=column(args.gamma ** step["num_steps"]),
+                rows.append(dict(s=s_t, x0=x_0, x=x_K, s_next=s_next, r=column(r), discount=column(args.gamma ** step["num_steps"]),
                                  terminated=column(step["terminated"]), ended=column(ended)))  # fmt: skip
+                s_t = s_after
                 for i in np.flatnonzero(ended):
                     recent.append(float(step["success"][i]))
                     lengths.append(step["episode_steps"][i])
@@ -453,7 +462,7 @@ if __name__ == "__main__":
                 row["eval/success"], row["eval/episodes"] = e["success"] / e["episodes"], e["episodes"]
                 row["eval/success_low"], row["eval/success_high"] = wilson(e["success"], e["episodes"])
                 row["eval/length"], row["eval/success_length"] = mean(result["length"]), mean(result["length"][result["success"]])
-                log_latents(result)
+                latent_log.add(result, np.flatnonzero(result["episode"] < latent_episodes))
                 bar.write(f"{env_steps:9,d} steps  {elapsed() / 60:5.1f} min  tuned {rate(e['success'], e['episodes'])}")
                 videos["tuned"] = result
             metrics_log.write(row)
@@ -493,14 +502,10 @@ if __name__ == "__main__":
         before, after = videos.get("base"), videos["tuned"]
         if before is None:  # a resumed run has not played the base itself
             before = evaluate("base", args.eval_episodes, record=args.video, log=False)
-        kinds = {"fixed": ~before["success"] & after["success"], "broken": before["success"] & ~after["success"],
-                 "kept": before["success"] & after["success"], "failed": ~before["success"] & ~after["success"]}  # fmt: skip
-        for kind, members in kinds.items():
-            print(f"{kind:6} {members.sum():4} of {len(members)} episodes", end="")
-            for i in np.flatnonzero(members)[:1] if args.video else ():  # Fig. 6: base left, tuned right, from the same initial state
+        for kind, members in compare(before, after).items():
+            for i in members[:1] if args.video else ():  # Fig. 4a, 6: base left, tuned right, from the same initial state
                 film = folder / f"{kind}_task{before['task_id'][i]}_episode{before['episode'][i]}.mp4"
                 pictures = workers.render([before["task_id"][i]] * 2, [before["frames"][i][::2], after["frames"][i][::2]])
                 write_side_by_side(film, pictures, env_libero.FPS / 2)
-                print(f", base | tuned in {film}", end="")
-            print()
+                print(f"{kind}, base | tuned: {film}")
     workers.close()

@@ -183,3 +183,23 @@ def test_rendering_shows_the_cube_where_it_is(workers):
     left, right = (f[-1].astype(int) for f in workers.render([c.qpos for c in chunks], camera="top", height=120, width=160))
     red = lambda image: np.argwhere((image[..., 0] > 120) & (image[..., 1] < 60) & (image[..., 2] < 60)).mean(0)
     assert abs(red(left)[1] - red(right)[1]) > 15  # 20 cm are many pixels
+
+
+def test_pictures_and_pose_are_what_gym_shows(simulator):
+    """`look`, at the end of a chunk, against gym-aloha's own observation after the same commands, camera and all."""
+    pose, actions = sample_box_poses(np.random.default_rng(4), 1)[0], random_commands(4, 6)
+    env = gymnasium.make("gym_aloha/AlohaTransferCube-v0", obs_type="pixels_agent_pos").unwrapped
+    render = env._env.physics.render
+    env._env.physics.render = lambda height, width, camera_id: render(height=48, width=64, camera_id=camera_id)
+    env.reset()
+    from gym_aloha.tasks import sim
+
+    sim.BOX_POSE[0] = pose
+    env._env.reset()
+    for action in actions:
+        observation, *_ = env.step(action)
+    chunk = simulator.run(simulator.reset(pose)[0], actions)
+    seen = simulator.look(chunk.state, dict(top=(48, 64)))
+    np.testing.assert_allclose(seen["agent_pos"], observation["agent_pos"], atol=1e-12)
+    ours, theirs = seen["pixels"]["top"].astype(int), observation["pixels"]["top"].astype(int)
+    assert theirs.std() > 10 and (np.abs(ours - theirs).max(-1) > 2).mean() < 0.02

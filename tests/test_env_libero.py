@@ -224,6 +224,32 @@ def test_rendering_follows_the_recorded_arm(workers):
     assert (np.abs(first - last).max(-1) > 30).mean() > 0.01  # and the arm has moved in it
 
 
+def test_pictures_and_robot_state_are_those_of_the_stock_environment():
+    """What lerobot's LiberoEnv hands to π_0: same pictures but for some pixels at edges, same poses within a step's sampling."""
+    from libero.libero.envs.env_wrapper import OffScreenRenderEnv
+
+    simulator = Simulator("libero_spatial", 0)
+    size = (96, 96)
+    with quiet():
+        bddl = suite("libero_spatial").get_task_bddl_file_path(0)
+        stock = OffScreenRenderEnv(bddl_file_name=bddl, camera_heights=size[0], camera_widths=size[1])
+    state, _ = simulator.reset(official(4))
+    raw = stock_reset(stock, simulator, official(4))
+    observation = simulator.look(state, dict(image=size, image2=size))
+    for camera, name in (("image", "agentview_image"), ("image2", "robot0_eye_in_hand_image")):
+        ours, theirs = observation["pixels"][camera].astype(int), raw[name].astype(int)
+        assert theirs.std() > 20 and (np.abs(ours - theirs).max(-1) > 2).mean() < 0.02
+    robot = observation["robot_state"]
+    for ours, name in ((robot["eef"]["pos"], "eef_pos"), (robot["eef"]["quat"], "eef_quat"), (robot["gripper"]["qpos"], "gripper_qpos"),
+                       (robot["joints"]["pos"], "joint_pos"), (robot["joints"]["vel"], "joint_vel")):  # fmt: skip
+        np.testing.assert_allclose(ours, raw[f"robot0_{name}"], atol=2e-3)
+    assert observation["task"] == "pick up the black bowl between the plate and the ramekin and place it on the plate"
+    simulator.reset(official(7))
+    again = simulator.look(state, dict(image=size, image2=size))  # a pure function of the state
+    np.testing.assert_array_equal(observation["pixels"]["image2"], again["pixels"]["image2"])
+    stock.close()
+
+
 @pytest.mark.parametrize("text, word", [("3,x", "3,x"), ("10", "10"), ("-1", "-1")])
 def test_task_ids_that_do_not_exist(text, word):
     with pytest.raises(ValueError, match=word):

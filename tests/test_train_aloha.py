@@ -185,7 +185,7 @@ def test_nan_stops_with_the_last_good_checkpoint(tmp_path):
     assert "Traceback" not in result.stderr
     from run_files import load_checkpoint
 
-    checkpoint = load_checkpoint(tmp_path / "runs" / "nan" / "last.pt", "--resume", "aloha", "cpu")
+    checkpoint = load_checkpoint(tmp_path / "runs" / "nan" / "last.pt", "--resume", "aloha")
     assert all(value.isfinite().all() for value in checkpoint["critic"].values())
 
 
@@ -198,7 +198,7 @@ def test_full_disk_keeps_the_earlier_checkpoint(tmp_path):
               f"signal.signal(signal.SIGXFSZ, signal.SIG_IGN); run_files.save_checkpoint({str(path)!r}, dict(task='aloha', value=torch.ones(9999)))")  # fmt: skip
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode != 0 and "File too large" in result.stderr
-    assert torch.equal(load_checkpoint(path, "--resume", "aloha", "cpu")["value"], torch.ones(3))
+    assert torch.equal(load_checkpoint(path, "--resume", "aloha")["value"], torch.ones(3))
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
 
 

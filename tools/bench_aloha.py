@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import tyro
 
-import env_aloha
+from mujoco_state import set_state  # before mujoco: it picks the OpenGL library
 import mujoco
 from base_flow import FlowBase
 from demo_aloha import Demonstrator
@@ -42,7 +42,7 @@ class Args:
 
 def raw_physics(simulator, state, actions):
     """Control steps a second of mj_step alone, in this process."""
-    mujoco.mj_setState(simulator.model, simulator.data, state, env_aloha.STATE_SPEC)
+    set_state(simulator.model, simulator.data, state)
     start = time.perf_counter()
     for action in actions:
         simulator.data.ctrl[:6], simulator.data.ctrl[8:14] = action[:6], action[7:13]

@@ -76,7 +76,7 @@ class Args:
     state_noise: float = 0.02
     """Gaussian noise on the normalised state in training, in standard deviations"""
     eval_episodes: int | None = None
-    """episodes of each measurement at the end; 200 for aloha, 50 a task for LIBERO if left out; 0 measures nothing"""
+    """episodes of each measurement at the end; 200 for aloha, 50 for libero_90_task56, 20 a task for a suite if left out; 0 measures nothing"""
     workers: int = 2
     """simulator processes"""
 
@@ -243,7 +243,7 @@ def load_demos(path, task):
 def main():
     args = tyro.cli(Args, description=__doc__)
     defaults = dict(zip(("latent_dim", "chunk_steps", "knots", "steps"), SETTINGS[args.task]))
-    defaults.update(demos=Path(f"demos/{args.task}.npz"), out=Path(f"weights/{args.task}.safetensors"), eval_episodes=200 if args.task == "aloha" else 50)
+    defaults.update(demos=Path(f"demos/{args.task}.npz"), out=Path(f"weights/{args.task}.safetensors"), eval_episodes={"aloha": 200, "libero_90_task56": 50}.get(args.task, 20))
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)

@@ -21,7 +21,7 @@ ENTRIES = [  # what the paper calls it, file, code
     ("GAE", "fpo_critic.py", "tail = delta[t] + discount[t] * gae_lambda"),
     ("Algorithm 1, line 1", "train_aloha.py", "(Algorithm 1, line 1)"),
     ("lines 2-3", "train_aloha.py", "# ---- for each iteration (line 2) ----"),
-    ("line 6, observe", "train_aloha.py", "# line 6"),
+    ("line 6, observe", "train_aloha.py", "s_after, context = base.encode("),
     ("line 7, sample x", "train_aloha.py", "x_0 = actor.sample("),
     ("line 8, decode", "train_aloha.py", "a = base.decode("),
     ("line 9, step", "train_aloha.py", "step = envs.step("),

@@ -1,6 +1,6 @@
 """README's learning curves and tables, from the CSV files in results/aloha/ and results/libero/.
 
-    python tools/results.py            # results/aloha/curve.png, results/aloha/table.md, the same for libero, and README's tables
+    python tools/results.py            # curve.png, table.md, suites.md in results/aloha and results/libero, and README's tables
 
 A run's files there are those of its run folder: metrics.csv, eval.csv (an evaluation episode a row) and args.json.
 """
@@ -22,11 +22,14 @@ sys.path.insert(0, str(ROOT))
 
 from run_files import rate, wilson
 
-# folder, runs that are the seeds of the picture, its title, the paper's figure and its name
+# folder, runs that count there, runs that are the seeds of the picture, its title, the paper's figure and its name
 PICTURES = (
-    ("aloha", "seed", "FPO on ALOHA Transfer Cube: 100 episodes a point, 200 at both ends", 65, "paper (π$_0$) at 1.6 M"),
-    ("libero", "butter_seed", "FPO on LIBERO, butter in the tray: 25 official states a point, 50 at both ends", 78.5, "paper (π$_0$)"),
+    ("aloha", "", "seed", "FPO on ALOHA Transfer Cube: 100 episodes a point, 200 at both ends", 65, "paper (π$_0$) at 1.6 M"),
+    ("libero", "butter", "butter_seed", "FPO on LIBERO, butter in the tray: 25 official states a point, 50 at both ends", 78.5, "paper (π$_0$)"),
 )
+# LIBERO's suites: name, the paper's π_0-FPO (Table I, %)
+SUITES = dict(libero_spatial=("LIBERO-Spatial", 97.2), libero_object=("LIBERO-Object", 97.3), libero_goal=("LIBERO-Goal", 89.4),
+              libero_10=("LIBERO-Long", 65.3))  # fmt: skip
 COLORS = ["#332288", "#88ccee", "#44aa99", "#999933", "#cc6677"]  # Paul Tol's muted scheme, safe for colour-blind readers
 
 
@@ -68,12 +71,43 @@ def write_table(folder, runs, seeds, strict):
     if len(final) > 1:
         half = stats.t.ppf(0.975, len(final) - 1) * final.std(ddof=1) / np.sqrt(len(final))
         lines += ["", f"Mean of the last evaluation over {len(final)} seeds: **{100 * final.mean():.1f} % ± {100 * half:.1f}** (95 % t interval over seeds)."]
-    (folder / "table.md").write_text("\n".join(lines) + "\n")
+    publish(folder / "table.md", lines)
+
+
+def publish(path, lines):
+    """Write a table to its file, and into README between its markers."""
+    path.write_text("\n".join(lines) + "\n")
     readme = ROOT / "README.md"
-    begin, end = f"<!-- results/{folder.name}/table.md -->\n", "<!-- end -->"
+    begin, end = f"<!-- results/{path.parent.name}/{path.name} -->\n", "<!-- end -->"
     new = begin + "\n".join(lines) + "\n" + end
     readme.write_text(re.sub(re.escape(begin) + ".*?" + end, lambda _: new, readme.read_text(), count=1, flags=re.S))
     print("\n".join(lines))
+
+
+def write_suites(folder):
+    """suites.md, as the paper's Table I: a row a suite, averages over the tasks that the base was cloned on; and a table of all tasks."""
+    cell = lambda values: rate(values.sum(), len(values)).strip().replace(" %  ", " % ")
+    lines = ["| suite | tasks cloned | base | zero latents | tuned | paper, π_0-FPO | steps | fixed | broken |", "|" + "---|" * 9]
+    tasks = ["suite,task_id,task,policy,successes,episodes"]
+    for suite, (name, paper) in SUITES.items():
+        run_folder = folder / f"{suite}_seed1"
+        if not run_folder.exists():
+            continue
+        run = evaluations(run_folder / "eval.csv")
+        last = max((key for key in run if key[0] == "tuned"), key=lambda key: key[1])
+        policies = [run["base", 0], run["zero latents", 0], run[last]]
+        before, after = policies[0]["success"], policies[2]["success"]
+        assert policies[0]["episode"] == policies[1]["episode"] == policies[2]["episode"]
+        with open(run_folder / "table.csv", newline="") as file:
+            table = list(csv.DictReader(file))
+        cloned = sorted({int(row["task_id"]) for row in table if row["cloned"] == "True" and row["task_id"].isdigit()})
+        listed = f"{len(cloned)} of 10" + ("" if len(cloned) == 10 else f" (not {', '.join(str(k) for k in range(10) if k not in cloned)})")
+        cells = [name, listed, cell(before), cell(policies[1]["success"]), f"**{cell(after)}**", f"{paper} %", f"{last[1] / 1e6:.2f} M",
+                 str((after > before).sum()), str((after < before).sum())]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+        tasks += [",".join([suite, r["task_id"], r["task"], r["policy"] or "not cloned", r["successes"], r["episodes"]]) for r in table if r["task_id"].isdigit()]
+    publish(folder / "suites.md", lines)
+    (folder / "suites.csv").write_text("\n".join(tasks) + "\n")
 
 
 def draw_curve(folder, seeds, title, papers, paper_label):
@@ -98,10 +132,11 @@ def draw_curve(folder, seeds, title, papers, paper_label):
 
 
 if __name__ == "__main__":
-    for name, prefix, title, papers, paper_label in PICTURES:
+    for name, counted, prefix, title, papers, paper_label in PICTURES:
         folder = ROOT / "results" / name
-        runs = {path.parent.name: evaluations(path) for path in sorted(folder.glob("*/eval.csv"))}
+        runs = {path.parent.name: evaluations(path) for path in sorted(folder.glob(f"{counted}*/eval.csv"))}
         seeds = {run: episodes for run, episodes in runs.items() if run.startswith(prefix)}
         if seeds:
             write_table(folder, runs, seeds, strict=name == "aloha")
             draw_curve(folder, seeds, title, papers, paper_label)
+    write_suites(ROOT / "results" / "libero")

@@ -1,0 +1,264 @@
+"""π_0 itself as the frozen base policy: lerobot's PI0Policy (or π_0.5's PI05Policy), cut in two where FPO needs it.
+
+`encode` runs PaliGemma once over images and instruction and keeps its cache. `decode` integrates the action expert's flow from that
+cache and from the noise that the actor chose: bit for bit what `policy.predict_action_chunk(batch, noise=w)` gives.
+
+    base = Pi0Base.load("lerobot/pi0_libero_finetuned_v044", "libero", ("image", "image2"), device="cuda")
+    s, context = base.encode(observations)               # n dicts as env_libero's Simulator.look gives them -> s (n, 2056)
+    x = torch.randn(len(s), base.latent_dim)             # or an actor's latent chunk
+    actions = base.decode(context, base.to_noise(x))     # (n, chunk_steps, 7)
+
+Images, state and actions pass through lerobot's own processors. lerobot runs its flow time from 1 (noise) to 0 (data); here that
+stays inside `decode`. Needs Python 3.12 and lerobot, which are looked for on `load` only.
+"""
+
+import contextlib
+import hashlib
+import io
+import logging
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+
+STEERABLE = ("pi0", "pi05")  # SmolVLA has another prefix and cache; every other type has no noise of its own to choose
+BATCH = 32  # observations that PaliGemma sees at once
+
+
+class Pi0Base:
+    """The same methods as FlowBase. A policy of another type (π_0-FAST, Diffusion Policy, ACT) has latent_dim 0: it can be
+    evaluated under the same protocol, and not be steered."""
+
+    def __init__(self, policy, preprocess, postprocess, env_preprocess, cameras, latent="dct", latent_modes=4, chunk_steps=None, openpi_aloha=False):
+        from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy  # has openpi's conventions for ALOHA
+
+        self.policy, self.config = policy, policy.config
+        self.preprocess, self.postprocess, self.env_preprocess = preprocess, postprocess, env_preprocess
+        self.openpi = SmolVLAPolicy if openpi_aloha else None
+        self.device = next(policy.parameters()).device
+        room = torch.cuda.get_device_properties(self.device).total_memory if self.device.type == "cuda" else 0
+        self.num_envs = 32 if room > 20e9 else 8
+        self.latent, self.steerable = latent, self.config.type in STEERABLE
+        self.action_dim = self.config.output_features["action"].shape[0]
+        self.chunk_steps = chunk_steps or self.config.n_action_steps
+        self.header = dict(task_ids=range(1000))  # language tells the task: none is left out
+        # the cameras that both sides know; lerobot shows π_0 a blank picture in place of a missing one
+        renamed = next((step.rename_map for step in preprocess.steps if hasattr(step, "rename_map")), {})
+        names = {renamed.get(f"observation.images.{c}", f"observation.images.{c}"): c for c in cameras}
+        self.pictures = {names[k]: tuple(f.shape[1:]) for k, f in self.config.image_features.items() if k in names}
+        if not self.pictures:
+            raise ValueError(f"the policy wants the pictures {list(self.config.image_features)}, and the environment has {list(cameras)}.")
+        if not self.steerable:
+            self.state_dim, self.latent_dim = 1, 0
+            return
+        self.noise_shape = (self.config.chunk_size, self.config.max_action_dim)  # (50, 32)
+        width = policy.model.paligemma_with_expert.paligemma.config.text_config.hidden_size
+        self.state_dim = width + self.config.input_features["observation.state"].shape[0]
+        steps, actions = self.noise_shape
+        if latent == "dct":
+            self.basis = dct_basis(latent_modes, self.action_dim, steps, actions).to(self.device)  # (D, 50, 32)
+        elif latent == "full":
+            self.basis = torch.eye(steps * actions, device=self.device).view(-1, steps, actions)
+        self.latent_dim = len(self.basis) if latent != "repeat" else actions
+
+    # ---- the three methods of a base ----
+
+    @torch.no_grad()
+    def encode(self, observations):
+        """One pass of PaliGemma. observations: (n,) dicts, or None where an episode is over -> s (n, S), context for `decode`.
+
+        s is the mean of the prefix's last hidden states, layer-normalised, and the proprioception as the policy normalises it.
+        """
+        known = [i for i, o in enumerate(observations) if o is not None]
+        s, context = torch.zeros(len(observations), self.state_dim, device=self.device), []
+        for rows in (known[i : i + BATCH] for i in range(0, len(known), BATCH)):
+            batch = self._prepare([observations[i] for i in rows])
+            if not self.steerable:
+                context.append((rows, batch))
+                continue
+            prefix = self._prefix(batch)
+            s[rows] = torch.cat([prefix.pop("features"), batch["observation.state"].float()], -1)
+            context.append((rows, prefix))
+        return s, (len(observations), context)
+
+    def to_noise(self, x, generator=None):
+        """The actor's latents as π_0's noise. x: (n, k) -> w: (n, 50, 32).
+
+        "dct": w = B x + (I - B Bᵀ) ξ, where B's orthonormal columns are the first DCT modes along time of the real actions and
+        ξ ~ N(0, I) comes from `generator`; "full": B is the identity. Either way w is N(0, I) when x is (D12), and fewer latents than
+        latent_dim steer the first ones. "repeat": one row for all steps, as DSRL does; far outside the prior.
+        """
+        if not self.steerable:
+            return None
+        n, k = x.shape
+        if k > self.latent_dim:
+            raise ValueError(f"x has {k} latents and this base takes {self.latent_dim}; send fewer.")
+        device = x.device if generator is None else generator.device
+        xi = torch.randn(n, *self.noise_shape, generator=generator, device=device).to(self.device)
+        x = x.to(self.device, torch.float32)
+        if self.latent == "repeat":
+            return torch.cat([x, xi[:, 0, k:]], 1)[:, None].repeat(1, self.noise_shape[0], 1)
+        missing = x - torch.einsum("nta,dta->nd", xi, self.basis[:k])
+        return xi + torch.einsum("nd,dta->nta", missing, self.basis[:k])
+
+    @torch.no_grad()
+    def decode(self, context, w):
+        """The action chunks of `context` from the noise w (n, 50, 32) -> (n, chunk_steps, A), in the environment's units, on the CPU.
+        Zeros where there was no observation."""
+        n, parts = context
+        actions = torch.zeros(n, self.chunk_steps, self.action_dim)
+        for rows, prefix in parts:
+            if self.steerable:
+                chunk = self._integrate(prefix, w[rows].to(self.device))
+            else:  # the policy's own way to play a chunk; it repeats the picture where it wants a history
+                self.policy.reset()
+                chunk = torch.stack([self.policy.select_action(prefix) for _ in range(self.chunk_steps)], 1)
+            chunk = self.postprocess(chunk[..., : self.action_dim]).float().cpu()
+            if self.openpi:
+                chunk = self.openpi._pi_aloha_encode_actions(None, chunk)
+            actions[rows] = chunk[:, : self.chunk_steps]
+        return actions
+
+    # ---- lerobot ----
+
+    def _prepare(self, observations):
+        """Dicts of one observation each -> the batch that the policy takes."""
+        from lerobot.envs.utils import preprocess_observation
+
+        batch = preprocess_observation(stack([{k: v for k, v in o.items() if k != "task"} for o in observations]))
+        batch = self.env_preprocess(batch | {"task": [o["task"] for o in observations]})
+        if self.openpi:
+            batch["observation.state"] = self.openpi._pi_aloha_decode_state(None, batch["observation.state"].clone())
+        return self.preprocess(batch)
+
+    def _prefix(self, batch):
+        """PaliGemma's pass of PI0Pytorch.sample_actions: its cache, and what it knows of the state."""
+        from lerobot.policies.common.vla_utils import make_att_2d_masks, prepare_attention_masks_4d
+
+        model = self.policy.model
+        images, image_masks = self.policy._preprocess_images(batch)
+        tokens = batch["observation.language.tokens"], batch["observation.language.attention_mask"]
+        embedded, pad, attend = model.embed_prefix(images, image_masks, *tokens)
+        model.paligemma_with_expert.paligemma.model.language_model.config._attn_implementation = "eager"
+        (hidden, _), cache = model.paligemma_with_expert.forward(
+            attention_mask=prepare_attention_masks_4d(make_att_2d_masks(pad, attend)), position_ids=torch.cumsum(pad, dim=1) - 1,
+            past_key_values=None, inputs_embeds=[embedded, None], use_cache=True,
+        )  # fmt: skip
+        seen = pad[..., None].float()
+        features = (hidden.float() * seen).sum(1) / seen.sum(1)
+        features = torch.nn.functional.layer_norm(features, features.shape[-1:])
+        prefix = dict(features=features, prefix_pad_masks=pad, past_key_values=cache)
+        if self.config.type == "pi0":  # π_0.5 has the state among the words
+            prefix["state"] = self.policy.prepare_state(batch)
+        return prefix
+
+    def _integrate(self, prefix, w):
+        """The action expert's flow from noise w (B, 50, 32) to normalised actions (B, 50, 32)."""
+        from lerobot.policies.common.flow_matching import euler_integrate
+
+        velocity = lambda x, time: self.policy.model.denoise_step(x_t=x, timestep=time, **prefix)
+        return euler_integrate(velocity, w, self.config.num_inference_steps)
+
+    @classmethod
+    def load(cls, path, env, cameras, device="cpu", dtype=None, compile=False, **options):
+        """The policy in a folder or on the hub. env: "libero" or "aloha", for lerobot's processors; dtype: "bfloat16" on a GPU and
+        "float32" on a CPU if left out. ValueError, in one sentence, if it is not there or not whole."""
+        if path is None:
+            raise ValueError("with --base pi0 name a policy, as --checkpoint lerobot/pi0_libero_finetuned_v044 or a folder.")
+        try:
+            from lerobot.configs import PreTrainedConfig
+            from lerobot.envs.factory import make_env_config, make_env_pre_post_processors
+            from lerobot.policies.factory import make_pre_post_processors
+        except ImportError as error:
+            raise ValueError(f"--base pi0 needs lerobot ({error}): make the environment with Python 3.12 and `pip install -r requirements.txt`.") from None
+        folder, device = download(path), torch.device(device)
+        try:
+            config = PreTrainedConfig.from_pretrained(folder)
+        except Exception as error:  # json, draccus and lerobot each raise their own
+            raise ValueError(f"{path} has no sound config.json of a LeRobot policy ({one_line(error)}).") from None
+        config.device = str(device)
+        if hasattr(config, "dtype"):
+            config.dtype = dtype or ("bfloat16" if device.type == "cuda" else "float32")
+        policy = load_strictly(folder, config)
+        if config.type in STEERABLE:
+            experts = policy.model.paligemma_with_expert
+            experts.paligemma.lm_head = experts.gemma_expert.lm_head = None  # 1.5 GiB that never speak
+            if compile:
+                policy.model.denoise_step = torch.compile(policy.model.denoise_step)
+        try:
+            preprocess, postprocess = make_pre_post_processors(config, str(folder), preprocessor_overrides={"device_processor": {"device": str(device)}})
+        except Exception as error:
+            raise ValueError(f"the processors of {path} cannot be loaded ({one_line(error)}).") from None
+        env_preprocess, _ = make_env_pre_post_processors(make_env_config(env), config)
+        base = cls(policy, preprocess, postprocess, env_preprocess, cameras, **options)
+        with open(folder / "model.safetensors", "rb") as file:
+            base.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        return base
+
+
+def download(path):
+    """The folder of a policy, fetched from the hub unless it is one already."""
+    if Path(path).is_dir():
+        return Path(path).resolve()
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.model"]))
+    except Exception as error:
+        raise ValueError(f"{path} is neither a folder nor to be had from the hub ({one_line(error)}).") from None
+
+
+def load_strictly(folder, config):
+    """The policy, frozen, after every tensor of the file has been found in it. lerobot's own loader prints a warning and goes on
+    with random weights where the file is missing or does not fit."""
+    from lerobot.policies.factory import get_policy_class
+    from safetensors.torch import load_file
+
+    file = folder / "model.safetensors"
+    try:
+        stored = load_file(file)
+    except Exception as error:
+        raise ValueError(f"{file} is missing or damaged ({one_line(error)}).") from None
+    logging.getLogger().setLevel(logging.ERROR)  # it warns of names that it then loads
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            policy = get_policy_class(config.type).from_pretrained(str(folder), config=config, local_files_only=True)
+    except Exception as error:
+        raise ValueError(f"lerobot cannot build the {config.type} of {folder} ({one_line(error)}).") from None
+    if config.type in STEERABLE:  # its names for openpi's tensors
+        stored = policy._fix_pytorch_state_dict_keys(stored, config)
+        stored = {k if k.startswith("model.") else f"model.{k}": v for k, v in stored.items()}
+    own = policy.state_dict()
+    held = {own[k].data_ptr() for k in stored if k in own}
+    for name in sorted(own.keys() | stored.keys()):
+        if name not in stored and own[name].data_ptr() in held:
+            continue  # tied to a tensor that the file has
+        if name not in own or name not in stored or own[name].shape != stored[name].shape:
+            raise ValueError(f"{file} does not fit a {config.type} policy: see its tensor {name}.")
+        if not torch.equal(own[name].cpu(), stored[name].to(own[name].dtype)):
+            raise ValueError(f"lerobot did not load the tensor {name} of {file}.")
+    return policy.eval().requires_grad_(False)
+
+
+def dct_basis(modes, action_dim, steps, width):
+    """Orthonormal: the first DCT-II modes along time of each real action dimension. -> (modes · action_dim, steps, width)."""
+    if modes > steps:
+        raise ValueError(f"--latent-modes is {modes}, and a chunk has {steps} steps: give at most that.")
+    time, mode = (torch.arange(steps) + 0.5) / steps, torch.arange(modes)
+    waves = torch.cos(math.pi * mode[:, None] * time) * torch.where(mode == 0, 1.0, 2.0)[:, None].div(steps).sqrt()  # (modes, steps)
+    basis = torch.zeros(modes, action_dim, steps, width)
+    for a in range(action_dim):
+        basis[:, a, :, a] = waves
+    return basis.flatten(0, 1)
+
+
+def stack(observations):
+    """Dicts of arrays, however deep -> one dict of arrays (B, …)."""
+    if isinstance(observations[0], dict):
+        return {key: stack([o[key] for o in observations]) for key in observations[0]}
+    return np.stack(observations)
+
+
+def one_line(error):
+    return " ".join(str(error).split())[:300] or type(error).__name__
