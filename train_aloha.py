@@ -226,9 +226,13 @@ if __name__ == "__main__":
     scalars = SummaryWriter(folder, purge_step=saved["env_steps"] + 1 if args.resume else None)
     latent_log = LatentLog(folder / "latents.npz", saved["env_steps"] if args.resume else None)
 
-    def interrupt(*_):
+    interrupts = []
+
+    def interrupt(number, _):
+        interrupts.append(number)
         raise KeyboardInterrupt
 
+    signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGTERM, interrupt)
     workers = Workers(args.num_workers, base.pictures)
 
@@ -307,6 +311,8 @@ if __name__ == "__main__":
 
         # ---- for each iteration (line 2) ----
         while not args.eval_only and env_steps < args.total_env_steps:
+            if interrupts:  # Python drops what a signal raises while something is being destroyed
+                raise KeyboardInterrupt
             iteration, steps_before = iteration + 1, env_steps
             clock = time.perf_counter()
             lengths, success_lengths, returns = [], [], []

@@ -217,11 +217,15 @@ def test_two_iterations_on_libero_with_evaluation_and_resume(folders, tmp_path):
 
 
 @with_lerobot
-def test_two_iterations_on_aloha_and_evaluation_of_the_checkpoint(folders, tmp_path):
+def test_two_iterations_on_aloha_with_resume_and_evaluation_of_the_checkpoint(folders, tmp_path):
     policy = ["--base", "pi0", "--weights", folders["aloha"], "--openpi-aloha"]
-    result = train("train_aloha.py", tmp_path, *policy, *SMALL, "--total-env-steps", 400, "--run-name", "whole")
-    assert result.returncode == 0, result.stderr
-    assert "gain over base" in result.stdout
+    first = train("train_aloha.py", tmp_path, *policy, *SMALL, "--total-env-steps", 200, "--run-name", "whole")
+    assert first.returncode == 0, first.stderr
+    rest = train("train_aloha.py", tmp_path, "--resume", "runs/whole", "--total-env-steps", 400)
+    assert rest.returncode == 0, rest.stderr
+    assert "gain over base" in rest.stdout
+    with open(tmp_path / "runs" / "whole" / "metrics.csv", newline="") as file:
+        assert [int(row["charts/env_steps"]) for row in csv.DictReader(file)] == [200, 400]
     flags = ["--eval-only", "--eval-episodes", 1, "--checkpoint", "runs/whole/last.pt", "--device", "cpu", "--run-name", "again"]
     again = train("train_aloha.py", tmp_path, *policy, *flags)
     assert again.returncode == 0 and "tuned" in again.stdout, again.stderr

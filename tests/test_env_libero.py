@@ -61,7 +61,7 @@ def workers():
 @pytest.mark.parametrize("suite_name, task_id, start", [
     (*BUTTER, official(0)),
     ("libero_spatial", 0, placed(3)),
-    ("libero_object", 1, official(0)),
+    ("libero_object", 1, placed(3)),
     ("libero_goal", 3, official(0)),
     ("libero_10", 0, placed(3)),
 ])  # fmt: skip

@@ -115,7 +115,7 @@ def test_interrupt_then_resume_bit_for_bit(finished, sig):
         time.sleep(0.02)
     process.send_signal(sig)
     message = process.communicate(timeout=60)[1]
-    assert process.returncode == 130 and f"--resume runs/{name}" in message and "Traceback" not in message
+    assert process.returncode == 130 and f"--resume runs/{name}" in message and "Traceback" not in message, message
     result = train(cwd, "--resume", f"runs/{name}", small=False)
     assert result.returncode == 0, result.stderr
     same_results(cwd / "runs" / "whole", cwd / "runs" / name)
