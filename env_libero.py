@@ -171,7 +171,8 @@ class Simulator:
         self.fixtures = self.fixtures[self.fixtures > 0]
         bodies = [env.model.root.find(f".//body[@name='{model.body(i).name}']") for i in self.fixtures]
         numbers = lambda body, key, default: np.array(body.get(key, default).split(), dtype=np.float64)
-        self.fixtures_rest = [np.concatenate([numbers(b, "pos", "0 0 0"), numbers(b, "quat", "1 0 0 0")]) for b in bodies]  # of the XML
+        rest = [np.concatenate([numbers(b, "pos", "0 0 0"), numbers(b, "quat", "1 0 0 0")]) for b in bodies]
+        self.fixtures_rest = np.array(rest).ravel()  # their poses in the XML
         self.physics_dim = len(get_state(model, data))
         self.gripper, self.goal_rotation = np.zeros(2), self.rest_rotation.copy()
         self.M, self.jac_p, self.jac_r = np.zeros((model.nv, model.nv)), np.zeros((3, model.nv)), np.zeros((3, model.nv))
@@ -221,8 +222,7 @@ class Simulator:
             for attempt in range(100):
                 noise = ARM_NOISE * np.random.randn(7)
                 mujoco.mj_resetData(self.model, data)
-                if len(self.fixtures):  # a hard reset rebuilds the model, and what stands on a fixture is drawn relative to that
-                    self._set_fixtures(np.concatenate(self.fixtures_rest))
+                self._set_fixtures(self.fixtures_rest)  # as a hard reset does: what stands on a fixture is drawn relative to that
                 data.qpos[self.arm : self.arm + 7], data.qpos[self.fingers] = self.arm_rest + noise, self.finger_rest
                 for sampler in env.object_property_initializers:
                     env.object_states_dict[sampler.name].set_joint(sampler.sample())

@@ -45,12 +45,16 @@ def evaluations(path):
     return {key: {name: v if name == "episode" else np.array(v) for name, v in columns.items()} for key, columns in episodes.items()}
 
 
+def cell(successes):
+    """A success rate with its interval, as a cell of a table. successes: (n,)"""
+    return rate(successes.sum(), len(successes)).strip().replace(" %  ", " % ")
+
+
 def table_row(name, run):
     """One line of the table: base, zero latents and the last evaluation of one run, on the same initial states."""
     base, zero = run["base", 0], run["zero latents", 0]
     tuned = [run[key] for key in run if key[0] == "tuned"]
     steps, last = max(key[1] for key in run if key[0] == "tuned"), tuned[-1]
-    cell = lambda values: rate(values.sum(), len(values)).strip().replace(" %  ", " % ")
     before = dict(zip(base["episode"], base["success"]))  # an evaluation of fewer episodes plays some of these
     before = np.array([before[episode] for episode in last["episode"]])
     fixed, broken = (last["success"] > before).sum(), (last["success"] < before).sum()
@@ -86,7 +90,6 @@ def publish(path, lines):
 
 def write_suites(folder):
     """suites.md, as the paper's Table I: a row a suite, averages over the tasks that the base was cloned on; and a table of all tasks."""
-    cell = lambda values: rate(values.sum(), len(values)).strip().replace(" %  ", " % ")
     lines = ["| suite | tasks cloned | base | zero latents | tuned | paper, π_0-FPO | steps | fixed | broken |", "|" + "---|" * 9]
     tasks = ["suite,task_id,task,policy,successes,episodes"]
     for suite, (name, paper) in SUITES.items():
