@@ -1,0 +1,375 @@
+"""The paper's figures from finished runs, no training: PNG and SVG, and a table of latent statistics.
+
+    python tools/plots.py                                                      # Fig. 3, 4b, 5, 7 from the files in results/
+    python tools/plots.py --strip runs/aloha_seed1 runs/butter_seed1           # Fig. 4a, 6: plays episodes of a run folder's checkpoints (needs EGL)
+    python tools/plots.py --latents runs/<name> --out pictures                 # Fig. 5 and 7 of another run
+
+Curves need metrics.csv and eval.csv, latents need latents.npz, strips need the checkpoints of a run folder.
+"""
+
+import csv
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import tyro
+from scipy import stats
+from sklearn.covariance import ledoit_wolf
+from sklearn.decomposition import PCA
+from sklearn.manifold import TSNE
+from sklearn.metrics import silhouette_score
+
+from run_files import load_checkpoint, stop, write_atomically
+
+BLUE, RED, GREEN, GREY = "#332288", "#cc6677", "#117733", "0.4"  # Paul Tol's muted scheme, safe for colour-blind readers
+POINTS = 400  # of a group in a t-SNE
+RESAMPLES = 1000
+
+# curves: file name, folders of the seeds, title, the paper's base and tuned success (%) or None
+CURVES = (
+    ("fig4b_aloha", "aloha/seed*", "ALOHA Transfer Cube (Fig. 4b)", (40, 65)),
+    ("butter", "libero/butter_seed*", "libero_90 task 56, butter in the tray", None),
+    ("fig3_libero_long", "libero/long_task*_seed*", "a LIBERO-Long task (Fig. 3)", None),
+)
+
+
+@dataclass
+class Args:
+    latents: tuple[Path, ...] = (ROOT / "results/aloha/seed1", ROOT / "results/libero/butter_seed1")
+    """folders with latents.npz"""
+    strip: tuple[Path, ...] = ()
+    """run folders whose checkpoints are played and photographed"""
+    out: Path = ROOT / "results" / "figures"
+    """where the pictures go"""
+
+
+def save(figure, out, name):
+    figure.tight_layout()
+    for suffix in (".png", ".svg"):
+        figure.savefig(out / f"{name}{suffix}", dpi=150)
+    plt.close(figure)
+    print(out / f"{name}.png")
+
+
+# ---- Fig. 3 and 4b ----
+
+
+def read_columns(path, names):
+    """Columns of a CSV file as float arrays, NaN where a cell is empty."""
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [np.array([float(row[name]) if row[name] else np.nan for row in rows]) for name in names]
+
+
+def smooth(values, width=5):
+    """Running mean over the last `width` rows, empty ones left out."""
+    known = np.isfinite(values)
+    rows = [values[max(0, i - width + 1) : i + 1][known[max(0, i - width + 1) : i + 1]] for i in range(len(values))]
+    return np.array([row.mean() if k and len(row) else np.nan for k, row in zip(known, rows)])
+
+
+def draw_seeds(axes, curves, color, label, most=None):
+    """Mean of the seeds and 95 % t interval on a common grid, cut at 0 and at `most`. curves: [(steps, values)]"""
+    curves = [(steps[np.isfinite(v)], v[np.isfinite(v)]) for steps, v in curves]
+    grid = np.linspace(max(steps[0] for steps, _ in curves), min(steps[-1] for steps, _ in curves), 60)
+    values = np.array([np.interp(grid, *curve) for curve in curves])
+    axes.plot(grid / 1e6, values.mean(0), color=color, lw=1.4, label=label)
+    if len(values) > 1:
+        half = stats.t.ppf(0.975, len(values) - 1) * values.std(0, ddof=1) / np.sqrt(len(values))
+        low, high = (np.clip(values.mean(0) + sign * half, 0, most) for sign in (-1, 1))
+        axes.fill_between(grid / 1e6, low, high, color=color, alpha=0.15, lw=0)
+
+
+def draw_curves(out, name, folders, title, paper):
+    """Success on held-out states, return of the training episodes, and their length: all, and successful ones only."""
+    keys = ("charts/env_steps", "eval/success", "charts/return", "charts/episode_length", "charts/success_length")
+    seeds = [read_columns(folder / "metrics.csv", keys) for folder in folders]
+    base = []
+    for folder, seed in zip(folders, seeds):
+        with open(folder / "eval.csv", newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row["policy"] == "base"]
+        base.append(np.mean([int(row["success"]) for row in rows]))
+        # before any episode can have reached the time limit, those that have ended are the short, successful ones
+        num_envs = json.loads((folder / "args.json").read_text())["args"]["num_envs"]
+        early = seed[0] < num_envs * max(int(row["length"]) for row in rows)
+        for column in seed[2:]:
+            column[early] = np.nan
+    figure, panels = plt.subplots(1, 3, figsize=(10, 3.1))
+    tested = [np.isfinite(seed[1]) for seed in seeds]
+    success = [(np.r_[0, seed[0][at]], 100 * np.r_[b, seed[1][at]]) for seed, at, b in zip(seeds, tested, base)]
+    draw_seeds(panels[0], success, BLUE, "held-out states", 100)
+    panels[0].axhline(100 * np.mean(base), color=GREY, ls="--", lw=1, label="base")
+    if paper:
+        panels[0].axhline(paper[1], color=GREY, ls="-.", lw=1, label=f"the paper's π$_0$-FPO, from {paper[0]} %")
+    panels[0].set(ylabel="success (%)", ylim=(0, 102))
+    draw_seeds(panels[1], [(seed[0], smooth(seed[2])) for seed in seeds], BLUE, "training episodes", 1)
+    panels[1].set(ylabel="return (Eq. 1)", ylim=(0, 1.02))
+    draw_seeds(panels[2], [(seed[0], smooth(seed[3])) for seed in seeds], BLUE, "all training episodes")
+    draw_seeds(panels[2], [(seed[0], smooth(seed[4])) for seed in seeds], GREEN, "successful ones only")
+    panels[2].set(ylabel="episode length (control steps)", ylim=(0, None))
+    for panel in panels:
+        panel.set(xlabel="environment steps (millions)", xlim=(0, None))
+        panel.legend(fontsize=7, frameon=False, loc="lower right")
+    n = len(seeds)
+    figure.suptitle(f"{title}: {'mean and 95 % t interval of ' + str(n) + ' seeds' if n > 1 else '1 seed'}; training curves: running mean of 5 iterations, from the first time limit on", fontsize=9)
+    save(figure, out, name)
+
+
+# ---- Fig. 5 and 7 ----
+
+
+class Latents:
+    """Executed latents of some episodes of every evaluation. x: (n, D); step, episode, chunk, success: (n,)."""
+
+    def __init__(self, path):
+        with np.load(path) as file:
+            self.x, self.step, self.chunk, self.success = file["x0"], file["env_steps"], file["chunk"], file["success"]
+            self.episode = file["episode"] + 1000 * file["task_id"] if "task_id" in file else file["episode"]
+        self.steps = np.unique(self.step)
+
+    def group(self, which):
+        """Latents, episode and chunk numbers of the rows that a mask chooses. Episodes of two evaluations count as two."""
+        return self.x[which], (self.episode + 10**6 * np.searchsorted(self.steps, self.step))[which], self.chunk[which]
+
+
+def dispersion(x):
+    """Mean distance of the latents from their centroid, and mean variance of a dimension."""
+    return np.linalg.norm(x - x.mean(0), axis=1).mean(), x.var(0).mean()
+
+
+def bootstrap(statistic, group, rng):
+    """A statistic of a group and its 95 % interval, episodes resampled whole. -> (value, low, high)"""
+    x, episode, chunk = group
+    rows = [np.flatnonzero(episode == e) for e in np.unique(episode)]
+    values = []
+    for _ in range(RESAMPLES):
+        i = np.concatenate([rows[j] for j in rng.integers(len(rows), size=len(rows))])
+        values.append(statistic((x[i], episode[i], chunk[i])))
+    return statistic(group), *np.nanquantile(values, [0.025, 0.975])
+
+
+def draw_evolution(out, name, latents):
+    """Fig. 5: t-SNE of the latents at the start, in the middle and at the end, and their dispersion and variance."""
+    steps = latents.steps[[0, len(latents.steps) // 2, -1]]
+    groups = [latents.group(latents.step == step) for step in steps]
+    rng = np.random.default_rng(0)
+    shown = [rng.permutation(len(group[0]))[:POINTS] for group in groups]
+    flat = TSNE(random_state=0, perplexity=30).fit_transform(np.concatenate([group[0][i] for group, i in zip(groups, shown)]))
+    parts = np.split(flat, np.cumsum([len(i) for i in shown])[:-1])
+    figure, panels = plt.subplots(1, 4, figsize=(11, 2.9))
+    for panel, part, step, color in zip(panels, parts, steps, (BLUE, RED, GREEN)):
+        panel.scatter(*flat.T, s=5, color="0.85", lw=0, rasterized=True)
+        panel.scatter(*part.T, s=9, color=color, lw=0, rasterized=True)
+        panel.set(title=f"{step / 1e6:.2f} M steps, n = {len(part)}", xlabel="t-SNE 1", ylabel="t-SNE 2", xticks=[], yticks=[])
+        panel.title.set_fontsize(9)
+    width = 0.35
+    for k, label, color in ((0, "dispersion", BLUE), (1, "variance", RED)):
+        values = np.array([bootstrap(lambda g: dispersion(g[0])[k], group, rng) for group in groups])
+        scale = values[0, 0]
+        panels[3].bar(np.arange(3) + (k - 0.5) * width, values[:, 0] / scale, width, color=color, label=f"{label} (start: {scale:.2f})",
+                      yerr=np.abs(values[:, 1:] - values[:, :1]).T / scale, error_kw=dict(lw=1))  # fmt: skip
+    panels[3].set(xticks=range(3), xticklabels=[f"{step / 1e6:.2f} M" for step in steps], ylabel="relative to the start", xlabel="environment steps")
+    panels[3].set_ylim(0, 1.35 * panels[3].get_ylim()[1])
+    panels[3].legend(fontsize=6.5, frameon=False, loc="upper left")
+    figure.suptitle(f"{name}: latents of evaluation episodes. Dispersion: mean distance from the centroid; variance: mean over dimensions; bars: 95 % bootstrap over episodes", fontsize=9)
+    save(figure, out, f"fig5_{name}")
+
+
+def statistics(groups, success, rng):
+    """The statistics of Sec. IV-E of every group, with intervals. groups: {name: (x, episode, chunk)}; success: name of the successful one."""
+    # the centroid comes from every second successful episode and the distance of that group from the others, or it would be closer by construction
+    x, episode, chunk = groups[success]
+    known = np.isin(episode, np.unique(episode)[::2])
+    centroid, precision = x[known].mean(0), np.linalg.inv(ledoit_wolf(x[known])[0])
+    held_out = x[~known], episode[~known], chunk[~known]
+
+    def mahalanobis(group):
+        d = group[0] - centroid
+        return np.sqrt(np.einsum("ni,ij,nj->n", d, precision, d)).mean()
+
+    def temporal(group):
+        x, episode, chunk = group
+        order = np.lexsort((chunk, episode))
+        x, episode, chunk = x[order], episode[order], chunk[order]
+        follows = (episode[1:] == episode[:-1]) & (chunk[1:] == chunk[:-1] + 1)
+        return np.linalg.norm(x[1:] - x[:-1], axis=1)[follows].mean()
+
+    measures = {
+        "norm of a latent": lambda g: np.linalg.norm(g[0], axis=1).mean(),
+        "spread of the norm (std)": lambda g: np.linalg.norm(g[0], axis=1).std(),
+        "variance of a dimension": lambda g: g[0].var(0).mean(),
+        "Mahalanobis distance to the success centroid": mahalanobis,
+        "difference of consecutive latents": temporal,
+    }
+    rows = []
+    for name, group in groups.items():
+        consecutive = len(np.unique(group[2])) > 1
+        for measure, statistic in measures.items():
+            if statistic is temporal and not consecutive:
+                continue
+            if statistic is mahalanobis and name == success:
+                group = held_out
+            rows.append((name, measure, *bootstrap(statistic, group, rng), len(np.unique(group[1])), len(group[0])))
+        group = groups[name]
+        others = [g for other, g in groups.items() if other != name]
+        chosen = lambda g: rng.permutation(len(g[0]))[:POINTS]
+        parts = [group[0][chosen(group)]] + [g[0][chosen(g)] for g in others]
+        labels = np.repeat([1, 0], [len(parts[0]), sum(map(len, parts[1:]))])
+        rows.append((name, "silhouette against the other groups", silhouette_score(np.concatenate(parts), labels), np.nan, np.nan, len(np.unique(group[1])), len(group[0])))
+    return rows
+
+
+def draw_groups(out, name, groups, success, title):
+    """Fig. 7: t-SNE, PCA, norms and variance of each dimension of three (or two) groups."""
+    rng = np.random.default_rng(0)
+    shown = {key: group[0][rng.permutation(len(group[0]))[:POINTS]] for key, group in groups.items()}
+    together, ends = np.concatenate(list(shown.values())), np.cumsum([len(x) for x in shown.values()])[:-1]
+    figure, panels = plt.subplots(1, 4, figsize=(12, 3.2))
+    colors = dict(zip(groups, (BLUE, RED, GREEN) if len(groups) == 3 else (RED, GREEN)))
+    for panel, method, label in ((panels[0], TSNE(random_state=0, perplexity=min(30, len(together) // 4)), "t-SNE"), (panels[1], PCA(2), "PCA")):
+        for key, part in zip(groups, np.split(method.fit_transform(together), ends)):
+            panel.scatter(*part.T, s=9, lw=0, color=colors[key], alpha=0.7, label=f"{key} ({len(part)})", rasterized=True)
+        panel.set(xlabel=f"{label} 1", ylabel=f"{label} 2", xticks=[], yticks=[])
+    for key, (x, _, _) in groups.items():
+        panels[2].hist(np.linalg.norm(x, axis=1), bins=30, density=True, histtype="step", lw=1.4, color=colors[key], label=key)
+        panels[3].plot(np.arange(1, x.shape[1] + 1), x.var(0), color=colors[key], marker="o", ms=3, lw=1, label=key)
+    panels[2].set(xlabel="norm of a latent", ylabel="density")
+    panels[3].set(xlabel="latent dimension", ylabel="variance", ylim=(0, None))
+    figure.suptitle(title, fontsize=9)
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, ncol=3, loc="lower center", markerscale=2, frameon=False, bbox_to_anchor=(0.27, -0.02))
+    save(figure, out, name)
+    return statistics(groups, success, rng)
+
+
+def latent_pictures(out, folder):
+    """Fig. 5 and 7 of one run. -> rows of the table of statistics."""
+    try:
+        latents = Latents(folder / "latents.npz")
+    except (OSError, KeyError, ValueError) as error:
+        stop(f"--latents: {folder / 'latents.npz'} cannot be read ({error}); give folders of finished runs")
+    if len(latents.steps) < 2:
+        stop(f"--latents: {folder} has one evaluation only; let the run end")
+    task = json.loads((folder / "args.json").read_text())["args"].get("suite", "aloha")
+    draw_evolution(out, task, latents)
+    first, end = latents.steps[0], latents.steps[-1]
+    middle = ~latents.success & (latents.step > first) & (latents.step < end)
+    papers = {"base": latents.group(latents.step == first), "failed, partly trained": latents.group(middle), "successful, trained": latents.group(latents.success & (latents.step == end))}
+    rows = []
+    if middle.any():
+        title = f"{task}: the paper's groups, which differ in training as well as in success (Fig. 7)"
+        rows += [(task, "the paper's", *row) for row in draw_groups(out, f"fig7_{task}", papers, "successful, trained", title)]
+    # within one checkpoint: the untouched base, all its decisions and its first ones, and the evaluation during training with the most failures
+    failures = {step: (~latents.success & (latents.step == step)).sum() for step in latents.steps[1:]}
+    hardest = max(failures, key=failures.get)
+    opening = latents.chunk == 0
+    for kind, label, chosen in (("base", "the base alone", latents.step == first), ("base_first", "the base alone, first decisions", (latents.step == first) & opening),
+                                ("tuned", f"the actor after {hardest / 1e6:.2f} M steps alone", latents.step == hardest)):  # fmt: skip
+        inside = {key: latents.group((latents.success == good) & chosen) for key, good in (("failed", False), ("successful", True))}
+        if min(len(np.unique(group[1])) for group in inside.values()) >= 5:  # fewer episodes tell nothing
+            rows += [(task, label, *row) for row in draw_groups(out, f"fig7_{task}_{kind}_only", inside, "successful", f"{task}: {label}")]
+    return rows
+
+
+# ---- Fig. 4a and 6 ----
+
+
+def draw_strip(out, folder, columns=6):
+    """Frames of one episode at 0, half and full training: from an initial state where the base fails and the tuned actor succeeds."""
+    import torch
+
+    from base_flow import FlowBase
+    from fpo_actor import FlowActor
+
+    try:
+        flags = json.loads((folder / "args.json").read_text())["args"]
+        with open(folder / "eval.csv", newline="") as file:
+            episodes = list(csv.DictReader(file))
+    except OSError as error:
+        stop(f"--strip is {folder}, which is no run folder ({error.strerror}); give runs/<name>")
+    aloha = "suite" not in flags
+    task = "aloha" if aloha else f"libero_90_task{flags['task_ids']}" if flags["suite"] == "libero_90" else flags["suite"]
+    checkpoints = sorted(folder.glob("step*.pt"))
+    if not checkpoints:
+        stop(f"--strip is {folder}, which has no checkpoints step*.pt; give the folder of a finished run")
+    base = FlowBase.load(flags["weights"] or ROOT / "weights" / f"{task}.safetensors", task=task)
+    last = max(int(row["env_steps"]) for row in episodes)
+    key = lambda row: (int(row.get("task_id", 0)), int(row["episode"]))
+    failed = {key(row) for row in episodes if row["policy"] == "base" and row["success"] == "0"}
+    solved = {key(row) for row in episodes if row["policy"] == "tuned" and int(row["env_steps"]) == last and row["success"] == "1"}
+    chosen = min(failed & solved, default=None)
+    if chosen is None:
+        stop(f"--strip is {folder}, where no episode fails with the base and succeeds with the tuned actor")
+    task_id, episode = chosen
+    if aloha:
+        from env_aloha import FPS, Workers, play_episodes, sample_box_poses
+
+        workers = Workers(1)
+        poses = sample_box_poses(np.random.default_rng([0, 0]), episode + 1)
+        play = lambda act: play_episodes(workers, poses[episode:], act, True)
+        pictures = lambda result, at: workers.render([result["qpos"][0][at]])[0]
+    else:
+        from env_libero import FPS, Workers, official, play_episodes
+
+        workers = Workers(1, flags["suite"], [task_id])
+        play = lambda act: play_episodes(workers, [task_id], [official(episode)], act, True)
+        pictures = lambda result, at: workers.render([task_id], [[result["frames"][0][t] for t in at]])[0]
+    half = min(checkpoints, key=lambda path: abs(int(path.stem[4:]) - last / 2))
+    figure, panels = plt.subplots(3, columns, figsize=(2 * columns, 5.0))
+    for row, (label, path) in enumerate((("base", None), ("half", half), ("tuned", checkpoints[-1]))):
+        actor = FlowActor(base.state_dim, flags["latent_dim"] or base.latent_dim)
+        if path:
+            saved = load_checkpoint(path, "--strip", task)
+            actor.load_state_dict(saved["actor"])
+            label = f"{saved['env_steps'] / 1e6:.2f} M steps"
+        for attempt in range(20):  # other noise than the evaluation's, where this episode was one of many: the base should fail here too
+            noise = torch.Generator().manual_seed(attempt)
+
+            def act(observations):
+                s, context = base.encode(observations)
+                return base.decode(context, base.to_noise(actor.sample(s, flags["flow_steps"], noise), noise)).numpy()
+
+            result = play(act)
+            if path or not result["success"][0]:
+                break
+        frames = result["qpos" if aloha else "frames"][0]
+        at = np.linspace(0, len(frames) - 1, columns).astype(int)
+        for panel, picture, t in zip(panels[row], pictures(result, at), at):
+            panel.imshow(picture)
+            panel.set(xticks=[], yticks=[], title=f"{t / FPS:.1f} s")
+            panel.title.set_fontsize(7)
+        panels[row, 0].set_ylabel(f"{label}\n{'success' if result['success'][0] else 'failure'}", fontsize=9)
+    workers.close()
+    figure.suptitle(f"{task}, evaluation episode {episode}: the same initial state", fontsize=9)
+    save(figure, out, f"fig{'4a' if aloha else '6'}_{task}")
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.strip:
+        for folder in args.strip:
+            draw_strip(args.out, folder)
+        raise SystemExit
+    if args.latents == Args.latents:
+        for name, pattern, title, paper in CURVES:
+            folders = sorted(path.parent for path in (ROOT / "results").glob(f"{pattern}/metrics.csv"))
+            if folders:
+                draw_curves(args.out, name, folders, title, paper)
+    rows = []
+    for folder in args.latents:
+        if args.latents != Args.latents or (folder / "latents.npz").exists():
+            rows += latent_pictures(args.out, folder)
+    lines = ["task,groups,group,measure,value,low,high,episodes,latents"]
+    lines += [",".join(f"{v:.4g}" if isinstance(v, float) else f'"{v}"' if isinstance(v, str) and "," in v else str(v) for v in row) for row in rows]
+    write_atomically(args.out / "latents.csv", ("\n".join(lines) + "\n").encode())

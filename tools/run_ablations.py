@@ -1,0 +1,162 @@
+"""The queue of the ablations: Table II repeated on ALOHA and on butter/tray, and what else the README compares.
+
+    python tools/run_ablations.py --list          # every command, and which are done
+    python tools/run_ablations.py                 # run what is missing, seed 1 of every row first; about 10 hours on two cores
+    python tools/run_ablations.py --rows aloha_complete aloha_sac
+
+A run that has ended is one block of lines in results/ablations/runs.csv, a line an evaluation, and is not run again. One that was interrupted
+(Ctrl-C, power) goes on from its last iteration at the next call; train_sac.py and train_cloning.py start anew. Run folders are in runs/ablations/.
+"""
+
+import csv
+import io
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import tyro
+from tqdm import tqdm
+
+from run_files import stop, write_atomically
+
+ALOHA = "train_aloha.py --total-env-steps 800000 --eval-every 200000 --eval-episodes 100"
+SHORT = "train_aloha.py --total-env-steps 400000 --eval-every 100000 --eval-episodes 100"
+BUTTER = "train_libero.py --total-env-steps 250000 --eval-every 62500"
+BARE = f"{SHORT} --self-anchor 0 --velocity-anchor 0"  # each stabiliser of D4 in the anchors' place
+
+# row: its seeds, and its command without --seed and --run-name
+ROWS = {
+    # Table II on ALOHA and on butter/tray
+    "aloha_complete": (5, ALOHA),
+    "aloha_sac": (5, "tools/train_sac.py --task aloha --total-env-steps 800000 --eval-every 200000 --eval-episodes 100"),
+    "aloha_no_clip": (5, f"{ALOHA} --no-clip"),
+    "aloha_k1": (5, f"{ALOHA} --explore-steps 1 --explore-grid end"),
+    "aloha_single_critic": (5, f"{ALOHA} --num-critics 1"),
+    "butter_complete": (3, BUTTER),
+    "butter_sac": (3, "tools/train_sac.py --task libero_90_task56 --total-env-steps 250000 --eval-every 62500"),
+    "butter_no_clip": (3, f"{BUTTER} --no-clip"),
+    "butter_k1": (3, f"{BUTTER} --explore-steps 1 --explore-grid end"),
+    "butter_single_critic": (3, f"{BUTTER} --num-critics 1"),
+    # the decisions D1-D14 on ALOHA, half the budget
+    "short_complete": (3, SHORT),
+    "short_literal": (3, f"{SHORT} --literal"),
+    "short_stored_values": (3, f"{SHORT} --value-latents stored"),
+    "short_no_self_anchor": (3, f"{SHORT} --self-anchor 0"),
+    "short_no_velocity_anchor": (3, f"{SHORT} --velocity-anchor 0"),
+    "short_no_anchor": (3, BARE),
+    "short_drift_limit": (3, f"{BARE} --drift-limit 0.05"),
+    "short_loss_cap": (3, f"{BARE} --loss-cap 0.1"),
+    "short_prior_anchor": (3, f"{BARE} --prior-anchor 0.1"),
+    "short_advantage_limit": (3, f"{BARE} --advantage-limit 1"),
+    "short_k4_midpoint": (3, f"{SHORT} --explore-steps 4"),
+    "short_k4_end": (3, f"{SHORT} --explore-steps 4 --explore-grid end"),
+    "short_raw_ratio": (3, f"{SHORT} --ratio raw"),
+    "short_half_latent": (3, f"{SHORT} --latent-dim 12"),
+    "short_floor": (3, f"{SHORT} --sigma-floor 1e-8"),
+    "short_floor_no_clip": (3, f"{SHORT} --sigma-floor 1e-8 --no-clip"),
+    "short_shuffled": (3, f"{SHORT} --shuffle-advantages"),
+    "short_cloning": (3, "tools/train_cloning.py --task aloha --total-env-steps 400000 --eval-every 100000 --eval-episodes 100"),
+}  # fmt: skip
+COLUMNS = ("row seed policy env_steps successes episodes status minutes losses/cfm_loss losses/delta_std losses/clip_fraction losses/floor_share "
+           "latent/std command").split()  # fmt: skip
+RESUMED = ("train_aloha.py", "train_libero.py")
+
+
+@dataclass
+class Args:
+    rows: tuple[str, ...] = tuple(ROWS)
+    """rows to run"""
+    seeds: int | None = None
+    """only the first seeds of every row, so many; all of them if left out"""
+    out: Path = ROOT / "results" / "ablations" / "runs.csv"
+    """where the results go"""
+    list: bool = False
+    """print the commands and which are done, and end"""
+
+
+def finished(path):
+    """The lines of runs.csv, and the (row, seed) that they hold."""
+    if not path.exists():
+        return [], set()
+    with open(path, newline="") as file:
+        lines = list(csv.DictReader(file))
+    return lines, {(line["row"], int(line["seed"])) for line in lines}
+
+
+def evaluations(folder):
+    """The evaluations of a run folder, in order: dicts with the columns of runs.csv that it knows."""
+    counts = {}
+    with open(folder / "eval.csv", newline="") as file:
+        for episode in csv.DictReader(file):
+            count = counts.setdefault((episode["policy"], episode["env_steps"]), [0, 0])
+            count[0] += int(episode["success"])
+            count[1] += 1
+    with open(folder / "metrics.csv", newline="") as file:
+        metrics = {line["charts/env_steps"]: line for line in csv.DictReader(file)}
+    for (policy, env_steps), (successes, episodes) in counts.items():
+        known = metrics.get(env_steps, {}) if policy == "tuned" else {}
+        yield dict({key: known[key] for key in COLUMNS if key in known}, policy=policy, env_steps=env_steps, successes=successes, episodes=episodes)
+
+
+def run(row, seed):
+    """One run from its start, or from where it was interrupted. -> (exit code, the end of what it printed)."""
+    name, command = f"ablations/{row}_seed{seed}", ROWS[row][1].split()
+    folder = ROOT / "runs" / name
+    if folder.exists() and command[0] in RESUMED and (folder / "last.pt").exists():
+        command = [command[0], "--resume", str(folder)]
+    else:
+        shutil.rmtree(folder, ignore_errors=True)  # of this queue, and without a checkpoint to go on from
+        command += ["--seed", str(seed), "--run-name", name]
+    child = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        text, _ = child.communicate()
+    except KeyboardInterrupt:  # the child has had it too: it saves and ends
+        child.wait()
+        raise
+    return child.returncode, text
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
+    for row in args.rows:
+        if row not in ROWS:
+            stop(f"--rows has {row}, which is none of {', '.join(ROWS)}")
+    if args.seeds is not None and args.seeds < 1:
+        stop(f"--seeds is {args.seeds}; give at least 1, or leave it out")
+    queue = [(row, seed) for seed in range(1, 6) for row in args.rows if seed <= min(ROWS[row][0], args.seeds or 5)]
+    lines, done = finished(args.out)
+    if args.list:
+        for row, seed in queue:
+            print(f"{'done' if (row, seed) in done else '':5}{row} seed {seed}: python {ROWS[row][1]} --seed {seed}")
+        raise SystemExit
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    failed = 0
+    try:
+        for row, seed in tqdm([job for job in queue if job not in done], unit="run"):
+            start = time.perf_counter()
+            code, text = run(row, seed)
+            minutes = (time.perf_counter() - start) / 60  # of the last sitting, if it was interrupted
+            diverged = "a loss became NaN or infinite" in text
+            if code and not diverged:
+                failed += 1
+                tqdm.write(f"{row} seed {seed} ended with code {code}:\n{text[-1500:]}", file=sys.stderr)
+                continue
+            known = dict(row=row, seed=seed, status="loss not finite" if diverged else "", minutes=f"{minutes:.1f}", command=f"{ROWS[row][1]} --seed {seed}")
+            lines += [known | evaluation for evaluation in evaluations(ROOT / "runs" / "ablations" / f"{row}_seed{seed}")]
+            table = io.StringIO(newline="")
+            writer = csv.DictWriter(table, COLUMNS, restval="")
+            writer.writeheader()
+            writer.writerows(lines)
+            write_atomically(args.out, table.getvalue().encode())
+            tqdm.write(f"{row} seed {seed}: {lines[-1]['successes']} of {lines[-1]['episodes']} after {lines[-1]['env_steps']} steps, {minutes:.1f} min")
+    except KeyboardInterrupt:
+        print("\nstopped. To go on: python tools/run_ablations.py", file=sys.stderr)
+        raise SystemExit(130) from None
+    if failed:
+        stop(f"{failed} runs failed; their last lines are above, and the next call tries them again", code=1)
