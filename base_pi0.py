@@ -90,7 +90,7 @@ class Pi0Base:
         latent_dim steer the first ones. "repeat": one row for all steps, as DSRL does; far outside the prior.
         """
         if not self.steerable:
-            return None
+            return x
         n, k = x.shape
         if k > self.latent_dim:
             raise ValueError(f"x has {k} latents and this base takes {self.latent_dim}; send fewer.")

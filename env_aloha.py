@@ -30,7 +30,7 @@ from gym_aloha.constants import (
     START_ARM_POSE,
 )
 
-from worker_pool import WorkerPool
+from worker_pool import WORKER_TIMEOUT, WorkerPool
 
 HORIZON = 400  # control steps an episode, 8 s; the usual horizon of this task (ACT, lerobot)
 HOLD_STEPS = 10  # strict success: the left gripper alone holds the cube for so many consecutive steps
@@ -207,9 +207,9 @@ class Workers:
     of dicts, instead of state vectors. There None stands for an episode that is over or was lost.
     """
 
-    def __init__(self, num_workers, pictures=None):
+    def __init__(self, num_workers, pictures=None, timeout=WORKER_TIMEOUT):
         self.pictures = pictures
-        self.pool = WorkerPool(num_workers, _quiet_simulator)
+        self.pool = WorkerPool(num_workers, _quiet_simulator, timeout=timeout)
 
     def reset(self, box_poses):
         """Start episodes. box_poses: (n, 7) -> states (n, S), n observations."""
@@ -297,14 +297,15 @@ class TrainingEnvs:
     on the other environments nor on the number of workers.
     """
 
-    def __init__(self, workers, num_envs, seed):
-        self.workers = workers
+    def __init__(self, workers, num_envs, seed, own=slice(None)):
+        self.workers, self.indices = workers, range(num_envs)[own]  # own: those of them that are played here
         # the leading 1 keeps training apart from evaluation (0) and demonstrations (2), whatever the seed
-        self.rngs = [np.random.default_rng([1, seed, i]) for i in range(num_envs)]
+        self.rngs = [np.random.default_rng([1, seed, i]) for i in self.indices]
+        n = len(self.indices)
         self.states, self.observations = workers.reset(np.concatenate([sample_box_poses(r, 1) for r in self.rngs]))
-        self.steps = np.zeros(num_envs, dtype=np.int64)  # control steps of the running episode
-        self.decisions = np.zeros(num_envs, dtype=np.int64)  # chunks of the running episode
-        self.episodes = np.zeros(num_envs, dtype=np.int64)  # episodes ended so far
+        self.steps = np.zeros(n, dtype=np.int64)  # control steps of the running episode
+        self.decisions = np.zeros(n, dtype=np.int64)  # chunks of the running episode
+        self.episodes = np.zeros(n, dtype=np.int64)  # episodes ended so far
 
     def step(self, actions):
         """Execute one chunk in every environment. actions: (n, T, 14), joint targets.
@@ -348,12 +349,13 @@ class TrainingEnvs:
         )  # fmt: skip
 
     def load_state_dict(self, state):
-        """Go on where `state_dict` was taken."""
+        """Go on where `state_dict` was taken, of all environments from 0 on."""
         for name in ("states", "steps", "decisions", "episodes"):
-            setattr(self, name, np.array(state[name]))
-        self.observations = self.workers.look(self.states) if self.workers.pictures else np.array(state["observations"])
-        for rng, rng_state in zip(self.rngs, state["rngs"]):
-            rng.bit_generator.state = rng_state
+            setattr(self, name, np.array(state[name])[self.indices])
+        pictures = self.workers.pictures
+        self.observations = self.workers.look(self.states) if pictures else np.array(state["observations"])[self.indices]
+        for i, rng in zip(self.indices, self.rngs):
+            rng.bit_generator.state = state["rngs"][i]
 
 
 if __name__ == "__main__":  # a quick look: does the simulator run here, and how fast?

@@ -28,7 +28,7 @@ from mujoco_state import diverged as has_diverged, get_state, rendering_availabl
 import mujoco
 import numba
 
-from worker_pool import WorkerPool
+from worker_pool import WORKER_TIMEOUT, WorkerPool
 
 # Step limits that papers on vision-language-action models use (openpi, OpenVLA-OFT).
 STEP_LIMIT = dict(libero_spatial=220, libero_object=280, libero_goal=300, libero_10=520, libero_90=400)
@@ -430,9 +430,9 @@ class Workers:
     of dicts, instead of state vectors. There None stands for an episode that is over or was lost.
     """
 
-    def __init__(self, num_workers, suite_name, task_ids, pictures=None):
+    def __init__(self, num_workers, suite_name, task_ids, pictures=None, timeout=WORKER_TIMEOUT):
         self.suite_name, self.pictures = suite_name, pictures
-        self.pool = WorkerPool(num_workers, TaskSimulators, suite_name, list(task_ids))
+        self.pool = WorkerPool(num_workers, TaskSimulators, suite_name, list(task_ids), timeout=timeout)
 
     def reset(self, task_ids, starts):
         """Start episodes. task_ids, starts: n each -> list of n states, n observations."""
@@ -517,16 +517,17 @@ class TrainingEnvs:
     from an official initial state.
     """
 
-    def __init__(self, workers, task_ids, num_envs, seed):
-        self.workers = workers
+    def __init__(self, workers, task_ids, num_envs, seed, own=slice(None)):
+        self.workers, self.indices = workers, range(num_envs)[own]  # own: those of them that are played here
         self.limit = STEP_LIMIT[workers.suite_name]
-        self.task_ids = np.array([task_ids[i % len(task_ids)] for i in range(num_envs)])
+        self.task_ids = np.array([task_ids[i % len(task_ids)] for i in self.indices])
         # the leading 1 keeps training apart from demonstrations (2), whatever the seed
-        self.rngs = [np.random.default_rng([1, seed, i]) for i in range(num_envs)]
-        self.states, self.observations = workers.reset(self.task_ids, [self._start(i) for i in range(num_envs)])
-        self.steps = np.zeros(num_envs, dtype=np.int64)  # control steps of the running episode
-        self.decisions = np.zeros(num_envs, dtype=np.int64)  # chunks of the running episode
-        self.episodes = np.zeros(num_envs, dtype=np.int64)  # episodes ended so far
+        self.rngs = [np.random.default_rng([1, seed, i]) for i in self.indices]
+        n = len(self.indices)
+        self.states, self.observations = workers.reset(self.task_ids, [self._start(i) for i in range(n)])
+        self.steps = np.zeros(n, dtype=np.int64)  # control steps of the running episode
+        self.decisions = np.zeros(n, dtype=np.int64)  # chunks of the running episode
+        self.episodes = np.zeros(n, dtype=np.int64)  # episodes ended so far
 
     def _start(self, i):
         return placed(self.rngs[i].integers(2**32))
@@ -575,14 +576,15 @@ class TrainingEnvs:
         )  # fmt: skip
 
     def load_state_dict(self, state):
-        """Go on where `state_dict` was taken."""
+        """Go on where `state_dict` was taken, of all environments from 0 on."""
         for name in ("steps", "decisions", "episodes"):
-            setattr(self, name, np.array(state[name]))
-        self.states = np.split(np.array(state["states"]), np.cumsum(state["sizes"])[:-1])
+            setattr(self, name, np.array(state[name])[self.indices])
+        states = np.split(np.array(state["states"]), np.cumsum(state["sizes"])[:-1])
+        self.states = [states[i] for i in self.indices]
         pictures = self.workers.pictures
-        self.observations = self.workers.look(self.task_ids, self.states) if pictures else np.array(state["observations"])
-        for rng, rng_state in zip(self.rngs, state["rngs"]):
-            rng.bit_generator.state = rng_state
+        self.observations = self.workers.look(self.task_ids, self.states) if pictures else np.array(state["observations"])[self.indices]
+        for i, rng in zip(self.indices, self.rngs):
+            rng.bit_generator.state = state["rngs"][i]
 
 
 if __name__ == "__main__":  # a quick look: does the simulator run here, and how fast?

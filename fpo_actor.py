@@ -71,13 +71,13 @@ class FlowActor(nn.Module):
         return gaussian_velocity(u)[:, None] * x + self.net(x, u, s)
 
     @torch.no_grad()
-    def sample(self, s, flow_steps, generator=None):
-        """Sample latent chunks x ~ π_θ(· | s). s: (B, S) -> x: (B, D). Algorithm 1, lines 7 and 18.
+    def sample(self, s, flow_steps, generator=None, noise=None):
+        """Sample latent chunks x ~ π_θ(· | s). s: (B, S) -> x: (B, D). Algorithm 1, lines 7 and 18. noise: (B, D) from N(0, I), drawn here if left out.
 
         D7: the linear part c(u) x is integrated in closed form, x ← g(u') / g(u) x with g(u) = √((1-u)² + u²), the
         net by Euler steps. With net = 0 the product telescopes to g(1) / g(0) = 1: exactly the noise we started from.
         """
-        x = torch.randn(len(s), self.latent_dim, generator=generator, device=s.device)
+        x = torch.randn(len(s), self.latent_dim, generator=generator, device=s.device) if noise is None else noise
         h = 1 / flow_steps
         for k in range(flow_steps):
             u, u_next = k * h, (k + 1) * h

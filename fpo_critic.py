@@ -76,9 +76,11 @@ def td_target(target, r, discount, terminated, s_next, x_next):
     return r + discount * (1 - terminated) * target(s_next, x_next).min(0).values
 
 
-def critic_loss(critic, s, x, y):
-    """Eq. 6: (Q_φi(s, x) - y)², averaged over the batch and summed over the M members. s: (B, S), x: (B, D), y: (B,)."""
-    return (critic(s, x) - y).square().mean(1).sum()
+def critic_loss(critic, s, x, y, n=None):
+    """Eq. 6: (Q_φi(s, x) - y)², averaged over the batch and summed over the M members. s: (B, S), x: (B, D), y: (B,).
+
+    n: samples of the whole minibatch, where these are only a part of it (another process has the rest)."""
+    return ((critic(s, x) - y).square().sum(1) / (n or len(y))).sum()
 
 
 @torch.no_grad()

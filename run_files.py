@@ -7,6 +7,7 @@ videos, and one clear sentence for bad input. Nothing here belongs to the algori
 import csv
 import hashlib
 import importlib.metadata
+import importlib.util
 import io
 import json
 import math
@@ -22,7 +23,8 @@ import torch
 
 def stop(message, code=2):
     """End the program with one sentence on stderr. Code 2: bad input, nothing has been written."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # under torchrun one process of a machine speaks
+        print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(code)
 
 
@@ -44,7 +46,7 @@ def check_args(args):
         require(getattr(args, name) is None or getattr(args, name) > 0, name, "it must be at least 1, or be left out")
     for name in ("seed", "critic_warmup", "explore_steps", "self_anchor", "prior_anchor", "drift_limit", "loss_cap", "advantage_limit", "velocity_anchor", "explore_eta"):
         require(getattr(args, name) >= 0, name, "it must not be negative")
-    for name in ("actor_lr", "critic_lr", "beta"):
+    for name in ("actor_lr", "critic_lr", "beta", "worker_timeout"):
         require(getattr(args, name) > 0, name, "it must be positive")
     require(0 < args.clip_eps < 1, "clip_eps", "ε must lie strictly between 0 and 1; to train without the clip use --no-clip")
     for name in ("gamma", "gae_lambda"):
@@ -53,6 +55,8 @@ def check_args(args):
     require(args.sigma_floor is None or args.sigma_floor > 0, "sigma_floor", "it must be positive (D2)")
     if args.device == "cuda" and not torch.cuda.is_available():
         stop("--device is cuda, but torch finds no CUDA device here; use --device cpu or --device auto")
+    if args.track and importlib.util.find_spec("wandb") is None:
+        stop("--track needs wandb, which is not installed; pip install wandb")
     if args.num_envs and args.num_envs * args.rollout_decisions < 2:
         stop(f"--num-envs {args.num_envs} with --rollout-decisions {args.rollout_decisions} makes one sample an iteration; Eq. 3 needs at least 2")
     if args.eval_only and args.resume:
@@ -137,7 +141,7 @@ def write_args(folder, args):
     write_atomically(folder / "args.json", text.encode())
 
 
-def resumed_args(args, free=("resume", "total_env_steps", "num_workers", "video")):
+def resumed_args(args, free=("resume", "total_env_steps", "num_workers", "worker_timeout", "video", "track")):
     """The flags of the run that --resume names. Other flags on the command line would change the run: stop there."""
     folder = Path(args.resume)
     try:
@@ -193,13 +197,13 @@ class LatentLog:
                 self.columns = {key: [file[key][known]] for key in file}
 
     def add(self, result, chosen):
-        """result: of an evaluation, with `drawn`, a pair of latents (n, D) a decision. chosen: episodes to keep."""
-        for chunk, (x_0, x_K) in enumerate(result["drawn"]):
-            i = chosen[result["decisions"][chosen] > chunk]
-            row = dict(x0=x_0[i], xK=x_K[i], env_steps=np.full(len(i), result["env_steps"]), chunk=np.full(len(i), chunk))
-            row.update({key: result[key][i] for key in ("task_id", "episode", "success") if key in result})
+        """result: of an evaluation, with `drawn`, an array (decisions, 2, D) of latents an episode. chosen: episodes to keep."""
+        for i in chosen:
+            x = result["drawn"][i][: result["decisions"][i]]
+            row = dict(x0=x[:, 0], xK=x[:, 1], env_steps=np.full(len(x), result["env_steps"]), chunk=np.arange(len(x)))
+            row.update({key: np.full(len(x), result[key][i]) for key in ("task_id", "episode", "success") if key in result})
             for key, values in row.items():
-                self.columns.setdefault(key, []).append(np.asarray(values))
+                self.columns.setdefault(key, []).append(values)
         write_arrays(self.path, {key: np.concatenate(parts) for key, parts in self.columns.items()})
 
 

@@ -3,6 +3,7 @@
     python train_aloha.py --seed 1                                         # train; a quarter of an hour or more on two cores
     python train_aloha.py --resume runs/<name>                             # go on after an interruption, bit for bit
     python train_aloha.py --eval-only --checkpoint runs/<name>/last.pt     # evaluate, with --video to look at it
+    torchrun --nproc-per-node 8 train_aloha.py --num-envs 256              # several processes or GPUs, one run
 
 A frozen base policy turns noise into an action chunk. The actor π_θ, a small flow, learns which noise to send. Its
 parts stand in fpo_actor.py, fpo_critic.py, fpo_loss.py and fpo_buffer.py; here they are wired together.
@@ -28,12 +29,14 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import env_aloha
+import ranks
 from base_flow import FlowBase
 from env_aloha import HORIZON, TrainingEnvs, Workers, play_episodes, sample_box_poses
 from fpo_actor import FlowActor, draw_flow_noise
 from fpo_buffer import TrajectoryBuffer
 from fpo_critic import QEnsemble, critic_loss, fresh_value, gae, polyak_update, stored_value, td_target
 from fpo_loss import fpo_loss
+from ranks import RANK, WORLD
 from run_files import (
     CsvLog, LatentLog, check_args, compare, load_checkpoint, new_run_folder, rate, resumed_args, save_checkpoint, stop, wilson,
     write_args, write_side_by_side,
@@ -53,9 +56,11 @@ class Args:
     total_env_steps: int = 1_600_000
     """control steps of training, evaluation not counted"""
     num_envs: int | None = None
-    """parallel environments; 32 if left out, 8 with π_0 on a CPU or on a GPU of less than 20 GB"""
-    num_workers: int = min(os.cpu_count() or 1, 16)
-    """simulator processes; the results do not depend on it"""
+    """parallel environments, over all ranks; 32 a rank if left out, 8 with π_0 on a CPU or on a GPU of less than 20 GB"""
+    num_workers: int = min(ranks.CPUS, 16)
+    """simulator processes of a rank; the results do not depend on it"""
+    worker_timeout: float = 300.0
+    """seconds after which a silent simulator process is replaced, and its work done again"""
     rollout_decisions: int = 10
     """T_rollout of Algorithm 1: latent chunks an environment and iteration"""
     window: int = 1
@@ -146,6 +151,8 @@ class Args:
     """the checkpoint to evaluate, for --eval-only; with --base pi0 a name without .pt is that of the base, as --weights"""
     video: bool = False
     """write videos of base and tuned actor from the same initial states (needs EGL)"""
+    track: bool = False
+    """send the logged scalars to Weights & Biases too; with WANDB_MODE=offline they stay in the run folder"""
     run_name: str | None = None
     """folder below runs/; <task>__seed<seed>__<time> if left out"""
     resume: str | None = None
@@ -154,6 +161,8 @@ class Args:
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
+    if ranks.RESTARTS and args.run_name and (Path("runs") / args.run_name / "last.pt").exists():
+        args = Args(resume=f"runs/{args.run_name}", num_workers=args.num_workers)
     if args.resume:
         args = resumed_args(args)
     if args.literal:
@@ -165,7 +174,7 @@ if __name__ == "__main__":
     check_args(args)
     if args.video and not env_aloha.rendering_available():
         stop("--video needs OpenGL, and EGL was not found; install it (Debian: apt-get install libegl1 libgl1) or leave the flag out")
-    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    device = ranks.connect(torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"))
     torch.set_num_threads(1)  # more for the update only: waiting threads of torch spin, and would take the workers' cores
 
     # ---- frozen base π_0, actor π_θ, critics Q_φ, targets Q_φ̄, buffer B (Algorithm 1, line 1) ----
@@ -183,7 +192,10 @@ if __name__ == "__main__":
         stop(f"--weights: {error}")
     if base.latent_dim == 0 and not args.eval_only:
         stop(f"--weights is {weights}, a {base.config.type} policy, whose noise nobody can choose; add --eval-only to measure it as it is")
-    args.num_envs = args.num_envs or base.num_envs
+    args.num_envs = E = args.num_envs or base.num_envs * WORLD
+    if E % WORLD:
+        stop(f"--num-envs is {E}, which {WORLD} ranks cannot share evenly; give a multiple of {WORLD}")
+    own = slice(RANK * E // WORLD, (RANK + 1) * E // WORLD)  # this rank's m of the E environments; all of them without torchrun
     D = args.latent_dim or base.latent_dim
     if D > base.latent_dim:
         stop(f"--latent-dim is {D}, but the base in {weights} has {base.latent_dim} latent dimensions; give at most that")
@@ -209,9 +221,8 @@ if __name__ == "__main__":
 
     # ---- run folder ----
     run_name = args.run_name or f"{TASK}__seed{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = Path(args.resume) if args.resume else new_run_folder(run_name)
-    if not args.resume:
-        write_args(folder, args)
+    folder = Path(args.resume) if args.resume else new_run_folder(run_name) if RANK == 0 else None
+    folder = ranks.gathered(folder)[0]
     METRICS = (
         "iteration charts/env_steps charts/success charts/return charts/episode_length charts/success_length charts/SPS "
         "charts/rollout_seconds charts/update_seconds eval/success eval/success_low eval/success_high eval/strict eval/episodes "
@@ -220,11 +231,18 @@ if __name__ == "__main__":
         "critic/explained_variance critic/advantage_std latent/norm latent/std latent/mean_abs latent/explore_shift"
     ).split()
     EPISODES = "policy env_steps episode success strict length diverged cube_x cube_y".split()
-    keep = (saved["metric_rows"], saved["episode_rows"]) if args.resume else (None, None)
-    metrics_log = CsvLog(folder / "metrics.csv", METRICS, keep[0])
-    episode_log = CsvLog(folder / "eval.csv", EPISODES, keep[1])
-    scalars = SummaryWriter(folder, purge_step=saved["env_steps"] + 1 if args.resume else None)
-    latent_log = LatentLog(folder / "latents.npz", saved["env_steps"] if args.resume else None)
+    if RANK == 0:  # the others compute, and write nothing
+        if not args.resume:
+            write_args(folder, args)
+        keep = (saved["metric_rows"], saved["episode_rows"]) if args.resume else (None, None)
+        metrics_log = CsvLog(folder / "metrics.csv", METRICS, keep[0])
+        episode_log = CsvLog(folder / "eval.csv", EPISODES, keep[1])
+        scalars = SummaryWriter(folder, purge_step=saved["env_steps"] + 1 if args.resume else None)
+        latent_log = LatentLog(folder / "latents.npz", saved["env_steps"] if args.resume else None)
+        if args.track:
+            import wandb
+
+            wandb.init(project="fpo", name=folder.name, id=folder.name, resume="allow", dir=folder, config=asdict(args))
 
     interrupts = []
 
@@ -234,41 +252,50 @@ if __name__ == "__main__":
 
     signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGTERM, interrupt)
-    workers = Workers(args.num_workers, base.pictures)
+    workers = Workers(args.num_workers, base.pictures, args.worker_timeout)
 
     @torch.no_grad()
     def evaluate(policy, num_episodes, record=False, log=True):
         """Play whole episodes of `policy` ("base", "zero latents" or "tuned") on the evaluation states. No exploration."""
         poses = sample_box_poses(np.random.default_rng(EVAL_ENTROPY), num_episodes)
+        mine = np.arange(RANK, num_episodes, WORLD)  # the episodes of this rank
         noise = torch.Generator(device).manual_seed(0)  # the same at every evaluation
         drawn = []
-        progress = tqdm(desc=f"evaluate {policy}", total=HORIZON // base.chunk_steps, leave=False, mininterval=mininterval)
+        progress = tqdm(desc=f"evaluate {policy}", total=HORIZON // base.chunk_steps, leave=False, mininterval=mininterval, disable=RANK > 0)
 
         def act(observations):
             progress.update()
             s, context = base.encode(observations)
-            if policy == "tuned":
-                x = actor.sample(s, args.flow_steps, noise)
-            else:  # the base itself takes N(0, I), which is what the untrained actor gives exactly (D7)
-                x = torch.randn(num_episodes, D, generator=noise, device=device) * (policy == "base")
-            drawn.append((x.cpu(), actor.explore(x, s, args.explore_steps, args.explore_eta, args.explore_grid).cpu()))
-            return base.decode(context, base.to_noise(x, noise)).cpu().numpy()
+            x = torch.randn(num_episodes, D, generator=noise, device=device)[mine]  # the base itself takes N(0, I)
+            if policy == "tuned":  # untrained, the actor would give exactly that (D7)
+                x = actor.sample(s, args.flow_steps, noise=x)
+            elif policy == "zero latents":
+                x = torch.zeros_like(x)
+            drawn.append(torch.stack([x, actor.explore(x, s, args.explore_steps, args.explore_eta, args.explore_grid)], 1).cpu().numpy())
+            return base.decode(context, base.to_noise(ranks.spread(x, mine, num_episodes), noise)[mine]).cpu().numpy()
 
-        result = dict(play_episodes(workers, poses, act, record), policy=policy, env_steps=env_steps * (policy == "tuned"), drawn=drawn,
-                      episode=np.arange(num_episodes))  # fmt: skip
+        result = play_episodes(workers, poses[mine], act, record) if len(mine) else None
+        if result:
+            result["drawn"] = list(np.stack(drawn, 1))  # an episode: (decisions, 2, D), x^(0) and x^(K)
+        result = dict(ranks.merged(result, mine), policy=policy, env_steps=env_steps * (policy == "tuned"), episode=np.arange(num_episodes))
         progress.close()
-        for i in range(num_episodes if log else 0):
+        for i in range(num_episodes if log and RANK == 0 else 0):
             episode_log.write(dict(policy=policy, env_steps=result["env_steps"], episode=i, cube_x=poses[i, 0], cube_y=poses[i, 1],
                                    **{key: int(result[key][i]) for key in ("success", "strict", "length", "diverged")}))  # fmt: skip
         return result
 
     def save(name):
         """Everything that decides how the run goes on."""
+        all_envs = ranks.merged_states(envs.state_dict())
+        whole_buffer = [ranks.gathered({k: v.cpu() for k, v in b.items()}) for b in buffer.iterations]
+        if RANK > 0:
+            return
         save_checkpoint(folder / name, dict(
             task=TASK, latent_dim=D, weights_sha256=base.sha256, iteration=iteration, env_steps=env_steps, seconds=elapsed(),
             actor=actor.state_dict(), critic=critic.state_dict(), target=target.state_dict(),
             actor_optimizer=actor_optimizer.state_dict(), critic_optimizer=critic_optimizer.state_dict(),
-            buffer=buffer.iterations, generator=generator.get_state(), envs=envs.state_dict(), recent=list(recent),
+            buffer=[{k: torch.cat([part[k] for part in b], 1) for k in b[0]} for b in whole_buffer],  # (T, E, …)
+            generator=generator.get_state(), envs=all_envs, recent=list(recent),
             evaluations=evaluations, metric_rows=metrics_log.rows, episode_rows=episode_log.rows,
         ))  # fmt: skip
 
@@ -290,16 +317,18 @@ if __name__ == "__main__":
                 videos[policy] = evaluate(policy, args.eval_episodes, record=args.video)
                 evaluations.append(summary(videos[policy]))
                 e = evaluations[-1]
-                print(f"{policy:12} {rate(e['success'], e['episodes'])}   strict {rate(e['strict'], e['episodes'])}", flush=True)
-            latent_log.add(videos["base"], np.arange(min(50, args.eval_episodes)))
+                if RANK == 0:
+                    print(f"{policy:12} {rate(e['success'], e['episodes'])}   strict {rate(e['strict'], e['episodes'])}", flush=True)
+            if RANK == 0:
+                latent_log.add(videos["base"], np.arange(min(50, args.eval_episodes)))
         if not args.eval_only:
-            envs = TrainingEnvs(workers, args.num_envs, args.seed)
+            envs = TrainingEnvs(workers, E, args.seed, own)
             if args.resume:
                 critic.load_state_dict(saved["critic"])
                 target.load_state_dict(saved["target"])
                 actor_optimizer.load_state_dict(saved["actor_optimizer"])
                 critic_optimizer.load_state_dict(saved["critic_optimizer"])
-                buffer.iterations = [{k: v.to(device) for k, v in b.items()} for b in saved["buffer"]]
+                buffer.iterations = [{k: v[:, own].to(device) for k, v in b.items()} for b in saved["buffer"]]
                 generator.set_state(saved["generator"])
                 envs.load_state_dict(saved["envs"])
                 recent.extend(saved["recent"])
@@ -307,7 +336,8 @@ if __name__ == "__main__":
             else:
                 save("last.pt")
             s_t, context = base.encode(envs.observations)  # line 6, for the first decision
-            bar = tqdm(total=args.total_env_steps, initial=env_steps, unit="step", unit_scale=True, mininterval=mininterval, smoothing=0.1)
+            bar = tqdm(total=args.total_env_steps, initial=env_steps, unit="step", unit_scale=True, mininterval=mininterval, smoothing=0.1,
+                       disable=RANK > 0)  # fmt: skip
 
         # ---- for each iteration (line 2) ----
         while not args.eval_only and env_steps < args.total_env_steps:
@@ -315,14 +345,16 @@ if __name__ == "__main__":
                 raise KeyboardInterrupt
             iteration, steps_before = iteration + 1, env_steps
             clock = time.perf_counter()
-            lengths, success_lengths, returns = [], [], []
+            steps, ended_episodes = 0, []
 
             # ---- rollout phase (lines 3-12); θ_old is θ, for nothing changes it here ----
             rows = []
             for t in range(args.rollout_decisions):
-                x_0 = actor.sample(s_t, args.flow_steps, generator)  # line 7: x^(0) ~ π_θ(· | s)
+                noise = torch.randn(E, D, generator=generator, device=device)[own]
+                x_0 = actor.sample(s_t, args.flow_steps, noise=noise)  # line 7: x^(0) ~ π_θ(· | s)
                 x_K = actor.explore(x_0, s_t, args.explore_steps, args.explore_eta, args.explore_grid)  # Eq. 7
-                a = base.decode(context, base.to_noise(x_K, generator))  # line 8
+                w = base.to_noise(ranks.spread(x_K, own, E), generator)[own]
+                a = base.decode(context, w)  # line 8
                 step = envs.step(a.cpu().numpy())  # line 9
                 # D8: reward 1 at the first success; a decision's reward is Σ_{j<h'} γ^j r_{t+j}, its bootstrap factor γ^h'
                 r = step["success"] * args.gamma ** (step["num_steps"] - 1.0)
@@ -337,40 +369,45 @@ if __name__ == "__main__":
                                  terminated=column(step["terminated"]), ended=column(ended)))  # fmt: skip
                 s_t = s_after
                 for i in np.flatnonzero(ended):
-                    recent.append(float(step["success"][i]))
-                    lengths.append(step["episode_steps"][i])
-                    if step["success"][i]:
-                        success_lengths.append(step["episode_steps"][i])
                     # Eq. 1: Σ_t γ^t r_t, with one reward at the first success
-                    returns.append(step["success"][i] * args.gamma ** (step["episode_steps"][i] - 1.0))
-                env_steps += int(step["num_steps"].sum())
-                bar.update(int(step["num_steps"].sum()))
-                bar.set_postfix(success=f"{np.mean(recent):.2f}" if recent else "-", refresh=False)
-            batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}  # (T, E, …)
-            T, E = batch["r"].shape
+                    episode_return = step["success"][i] * args.gamma ** (step["episode_steps"][i] - 1.0)
+                    ended_episodes.append((t, own.start + int(i), bool(step["success"][i]), int(step["episode_steps"][i]), float(episode_return)))
+                steps += int(step["num_steps"].sum())
+                bar.update(WORLD * int(step["num_steps"].sum()))
+            env_steps += sum(ranks.gathered(steps))
+            ended_episodes = sorted(sum(ranks.gathered(ended_episodes), []))
+            recent.extend(float(success) for _, _, success, _, _ in ended_episodes)
+            bar.n = env_steps
+            bar.set_postfix(success=f"{np.mean(recent):.2f}" if recent else "-", refresh=False)
+            batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}  # (T, m, …)
+            T, m = batch["r"].shape
             u, eps = draw_flow_noise(T * E, args.num_draws, D, generator, device)
+            batch.update(u=u.view(T, E, -1)[:, own], eps=eps.view(T, E, args.num_draws, D)[:, own])
             with torch.no_grad():  # line 10: ℓ_init = ℓ_cfm(x | s; θ_old), with the draws that Eq. 2 will use again (D3)
-                cfm_init = actor.cfm_loss(batch["x"].flatten(0, 1), batch["s"].flatten(0, 1), u, eps)
-            batch.update(u=u.view(T, E, -1), eps=eps.view(T, E, args.num_draws, D), cfm_init=cfm_init.view(T, E))
+                cfm_init = actor.cfm_loss(*(batch[key].flatten(0, 1) for key in ("x", "s", "u", "eps")))
+            batch.update(cfm_init=cfm_init.view(T, m))
             buffer.push(batch)  # line 11
             rollout_seconds = time.perf_counter() - clock
             clock = time.perf_counter()
-            torch.set_num_threads(min(os.cpu_count() or 1, 4))
+            torch.set_num_threads(min(ranks.CPUS, 4))
 
             # ---- update phase (lines 13-28); D13: first all critic epochs, then the advantages once, then the actor ----
             s, s_next, x, x0 = (buffer.flat(key) for key in ("s", "s_next", "x", "x0"))
-            r, discount, terminated, age = buffer.flat("r"), buffer.flat("discount"), buffer.flat("terminated"), buffer.age().to(device)
-            n = len(r)
+            r, discount, terminated, u, eps = (buffer.flat(key) for key in ("r", "discount", "terminated", "u", "eps"))
+            n, J = len(r) * WORLD, FRESH_LATENTS  # n samples over all ranks
             # lines 17-18: x' ~ π_θ(· | s'); θ rests during the critic epochs, so J latents a state serve Eq. 5 and V (D5)
-            fresh = actor.sample(torch.cat([s, s_next]).repeat_interleave(FRESH_LATENTS, 0), args.flow_steps, generator)
-            x_fresh, x_next_fresh = fresh.view(2, n, FRESH_LATENTS, D)
+            noise = torch.randn(2 * n * J, D, generator=generator, device=device).view(2, -1, E, J, D)[:, :, own].reshape(-1, D)
+            fresh = actor.sample(torch.cat([s, s_next]).repeat_interleave(J, 0), args.flow_steps, noise=noise)
+            x_fresh, x_next_fresh = fresh.view(2, -1, J, D)
             for epoch in range(args.critic_epochs):
                 for i in torch.randperm(n, generator=generator, device=device).split(args.minibatch_size):
-                    j = torch.randint(FRESH_LATENTS, (len(i),), generator=generator, device=device)
-                    y = td_target(target, r[i], discount[i], terminated[i], s_next[i], x_next_fresh[i, j])  # line 19, Eq. 5
-                    loss_critic = critic_loss(critic, s[i], x[i], y)  # line 20, Eq. 6
+                    ours, k = ranks.share(i, E)  # without torchrun k is i
+                    j = torch.randint(J, (len(i),), generator=generator, device=device)[ours]
+                    y = td_target(target, r[k], discount[k], terminated[k], s_next[k], x_next_fresh[k, j])  # line 19, Eq. 5
+                    loss_critic = critic_loss(critic, s[k], x[k], y, len(i))  # line 20, Eq. 6
                     critic_optimizer.zero_grad()
                     loss_critic.backward()
+                    ranks.sum_gradients(critic)
                     critic_optimizer.step()
                     polyak_update(target, critic, args.tau)  # line 21
 
@@ -379,12 +416,14 @@ if __name__ == "__main__":
             if args.value_latents == "stored":  # D5: V(s_t) = Q(s_t, x_t), with a fresh latent only where none is stored
                 v = stored_value(critic, s, x)
             adv = []
-            for b, v_b, v_next_b in zip(buffer.iterations, v.split(T * E), v_next.split(T * E)):
-                v_b, v_next_b = v_b.view(T, E), v_next_b.view(T, E)
+            for b, v_b, v_next_b in zip(buffer.iterations, v.split(T * m), v_next.split(T * m)):
+                v_b, v_next_b = v_b.view(T, m), v_next_b.view(T, m)
                 if args.value_latents == "stored":
                     v_next_b = torch.cat([torch.where(b["ended"][:-1] > 0, v_next_b[:-1], v_b[1:]), v_next_b[-1:]])
                 adv.append(gae(b["r"], v_b, v_next_b, b["discount"], b["terminated"], b["ended"], args.gae_lambda).flatten())
-            adv = torch.cat(adv)
+            # of all ranks from here on: Eq. 3 and the advantages are standardised over whole minibatches
+            adv, v, cfm_init, age = (ranks.whole(c.view(-1, m), own, E).flatten()
+                                     for c in (torch.cat(adv), v, buffer.flat("cfm_init"), buffer.age().to(device)))  # fmt: skip
             explained_variance = 1 - adv.var() / (adv + v).var().clamp_min(1e-8)
             if args.shuffle_advantages:
                 adv = adv[torch.randperm(n, generator=generator, device=device)]
@@ -392,19 +431,20 @@ if __name__ == "__main__":
             # lines 22-27: the actor
             if args.anneal_lr:  # late steps would only move the latents about: the drift of D4
                 actor_optimizer.param_groups[0]["lr"] = args.actor_lr * max(0.0, 1 - steps_before / args.total_env_steps)
-            u, eps, cfm_init = buffer.flat("u"), buffer.flat("eps"), buffer.flat("cfm_init")
             infos, drifted = [], iteration <= args.critic_warmup
             for epoch in range(args.actor_epochs):
                 for i in torch.randperm(n, generator=generator, device=device).split(args.minibatch_size):
                     if drifted or len(i) < 2:
                         break
-                    cfm, departure = actor.cfm_loss(x[i], s[i], u[i], eps[i], with_departure=True)  # line 23, ℓ_cfm(x | s; θ)
+                    ours, k = ranks.share(i, E)
+                    cfm, departure = actor.cfm_loss(x[k], s[k], u[k], eps[k], with_departure=True)  # line 23, ℓ_cfm(x | s; θ)
                     apart = args.self_anchor > 0 and args.explore_steps > 0  # D6: the anchor is on x^(0), not on x^(K)
-                    cfm_anchor = actor.cfm_loss(x0[i], s[i], u[i], eps[i]) if apart else None
-                    cfm_prior = None
+                    cfm_anchor = actor.cfm_loss(x0[k], s[k], u[k], eps[k]) if apart else cfm
+                    cfm_prior = cfm
                     if args.prior_anchor > 0:
-                        x_prior = torch.randn(len(i), D, generator=generator, device=device)
-                        cfm_prior = actor.cfm_loss(x_prior, s[i], u[i], eps[i])
+                        x_prior = torch.randn(len(i), D, generator=generator, device=device)[ours]
+                        cfm_prior = actor.cfm_loss(x_prior, s[k], u[k], eps[k])
+                    cfm, departure, cfm_anchor, cfm_prior = ranks.whole(torch.stack([cfm, departure, cfm_anchor, cfm_prior]), ours, len(i))
                     loss_actor, info = fpo_loss(  # lines 23-27: Eq. 2, 3, 4
                         cfm, cfm_init[i], adv[i], args.beta, args.clip_eps, sigma_floor, args.ratio, age[i], not args.no_clip,
                         args.self_anchor, cfm_anchor, args.prior_anchor, cfm_prior, args.loss_cap, args.advantage_limit,
@@ -417,9 +457,11 @@ if __name__ == "__main__":
                         break
                     actor_optimizer.zero_grad()
                     loss_actor.backward()
+                    ranks.sum_gradients(actor)
                     torch.nn.utils.clip_grad_norm_(actor.parameters(), 1.0)
                     actor_optimizer.step()
-            if not (math.isfinite(loss_critic.item()) and all(torch.isfinite(info["actor"]) for info in infos)):
+            loss_critic = sum(ranks.gathered(loss_critic.item()))
+            if not (math.isfinite(loss_critic) and all(torch.isfinite(info["actor"]) for info in infos)):
                 stop(f"a loss became NaN or infinite in iteration {iteration}; the last good checkpoint is {folder / 'last.pt'}. "
                      "Try a lower --actor-lr, or a stabiliser: --self-anchor 1, --drift-limit 0.05", code=1)  # fmt: skip
             update_seconds = time.perf_counter() - clock
@@ -428,16 +470,19 @@ if __name__ == "__main__":
             # ---- log ----
             with torch.no_grad():
                 q = critic(s, x)
+            x_K = ranks.whole(batch["x"].movedim(1, -1), own, E)  # (T, D, E)
+            own_means = {"critic/q_mean": q.mean(), "critic/q_spread": q.std(0).mean(),
+                         "latent/explore_shift": (batch["x"] - batch["x0"]).norm(dim=-1).mean()}  # fmt: skip
             mean = lambda values: float(np.mean(values)) if len(values) else ""
-            row = {"iteration": iteration, "charts/env_steps": env_steps, "charts/success": mean(recent), "charts/return": mean(returns),
-                   "charts/episode_length": mean(lengths), "charts/success_length": mean(success_lengths),
+            row = {"iteration": iteration, "charts/env_steps": env_steps, "charts/success": mean(recent),
+                   "charts/return": mean([e[4] for e in ended_episodes]), "charts/episode_length": mean([e[3] for e in ended_episodes]),
+                   "charts/success_length": mean([e[3] for e in ended_episodes if e[2]]),
                    "charts/SPS": T * E * base.chunk_steps / (rollout_seconds + update_seconds), "charts/rollout_seconds": rollout_seconds,
-                   "charts/update_seconds": update_seconds, "losses/critic": loss_critic.item() / args.num_critics,
-                   "losses/actor_steps": len(infos), "critic/q_mean": q.mean().item(), "critic/q_spread": q.std(0).mean().item(),
+                   "charts/update_seconds": update_seconds, "losses/critic": loss_critic / args.num_critics, "losses/actor_steps": len(infos),
                    "critic/explained_variance": explained_variance.item(), "critic/advantage_std": adv.std().item(),
-                   "latent/norm": batch["x"].norm(dim=-1).mean().item(), "latent/std": batch["x"].flatten(0, 1).std(0).mean().item(),
-                   "latent/mean_abs": batch["x"].mean((0, 1)).abs().mean().item(),
-                   "latent/explore_shift": (batch["x"] - batch["x0"]).norm(dim=-1).mean().item()}  # fmt: skip
+                   "latent/norm": x_K.norm(dim=1).mean().item(), "latent/std": x_K.movedim(1, -1).flatten(0, 1).std(0).mean().item(),
+                   "latent/mean_abs": x_K.mean((0, 2)).abs().mean().item()}  # fmt: skip
+            row.update({key: mean(values) for key, *values in zip(own_means, *ranks.gathered([v.item() for v in own_means.values()]))})
             for key in ("actor", "ratio_mean", "ratio_std", "clip_fraction", "floor_share", "delta_mean", "delta_std", "cfm_loss"):
                 row[f"losses/{key}"] = torch.stack([info[key] for info in infos]).mean().item() if infos else ""
 
@@ -450,23 +495,36 @@ if __name__ == "__main__":
                 row["eval/success"], row["eval/strict"] = e["success"] / e["episodes"], e["strict"] / e["episodes"]
                 row["eval/success_low"], row["eval/success_high"] = wilson(e["success"], e["episodes"])
                 row["eval/episodes"] = e["episodes"]
+                videos["tuned"] = result
+            if due and RANK == 0:
                 latent_log.add(result, np.arange(min(50, e["episodes"])))
                 bar.write(f"{env_steps:9,d} steps  {elapsed() / 60:5.1f} min  tuned {rate(e['success'], e['episodes'])}")
-                videos["tuned"] = result
-            metrics_log.write(row)
-            for key, value in row.items():
-                if value != "" and key != "iteration":
-                    scalars.add_scalar(key, value, env_steps)
+            if RANK == 0:
+                metrics_log.write(row)
+                for key, value in row.items():
+                    if value != "" and key != "iteration":
+                        scalars.add_scalar(key, value, env_steps)
+                if args.track:
+                    wandb.log({key: value for key, value in row.items() if value != ""}, step=env_steps)
             save("last.pt")
             if due:
                 save(f"step{env_steps:08d}.pt")
     except KeyboardInterrupt:
         workers.close()
-        saved_one = (folder / "last.pt").exists()
-        print(f"\nstopped. To go on: python train_aloha.py --resume {folder}" if saved_one else "\nstopped before the first checkpoint", file=sys.stderr)
+        if RANK == 0:
+            saved_one = (folder / "last.pt").exists()
+            print(f"\nstopped. To go on: python train_aloha.py --resume {folder}" if saved_one else "\nstopped before the first checkpoint", file=sys.stderr)
         raise SystemExit(130)
+    except OSError as error:  # a full disk, say; files are written whole or not at all
+        workers.close()
+        stop(f"{error.filename or folder} cannot be written ({error.strerror}); make room, then go on with python train_aloha.py --resume {folder}", code=1)
 
     # ---- the result ----
+    if "tuned" in videos and "base" not in videos:  # a resumed run has not played the base itself
+        videos["base"] = evaluate("base", args.eval_episodes, record=args.video, log=False)
+    if RANK > 0:
+        workers.close()
+        raise SystemExit
     print(f"\n{TASK}, seed {args.seed}, {env_steps:,} environment steps, {elapsed() / 60:.1f} minutes, files in {folder}")
     print(f"{'':14}{'success (official)':^26}{'strict':^26}  n")
     final = [e for e in evaluations if e["policy"] != "tuned"] + [e for e in evaluations if e["policy"] == "tuned"][-1:]
@@ -476,9 +534,7 @@ if __name__ == "__main__":
         gain = 100 * (final[-1]["success"] / final[-1]["episodes"] - final[0]["success"] / final[0]["episodes"])
         print(f"gain over base {gain:+.1f} points")
     if "tuned" in videos:
-        before, after = videos.get("base"), videos["tuned"]
-        if before is None:  # a resumed run has not played the base itself
-            before = evaluate("base", args.eval_episodes, record=args.video, log=False)
+        before, after = videos["base"], videos["tuned"]
         for kind, members in compare(before, after).items():
             for i in members[:1] if args.video else ():  # Fig. 4a, 6: base left, tuned right, from the same initial state
                 film = folder / f"{kind}_episode{i}.mp4"

@@ -13,7 +13,7 @@ import threading
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
-WORKER_TIMEOUT = 300.0  # seconds after which a silent worker counts as dead
+WORKER_TIMEOUT = 300.0  # seconds
 
 _simulator = None  # one a worker process
 
@@ -31,16 +31,16 @@ def _start_worker(build, arguments):
     _simulator = build(*arguments)
 
 
-def _call(function, *job):
-    return function(_simulator, *job)
+def _call(function, jobs):
+    return [function(_simulator, *job) for job in jobs]
 
 
 class WorkerPool:
-    """`num_workers` processes, each with its own `build(*arguments)`. A worker that dies or hangs is replaced and its
-    jobs are done again; a job that kills its worker twice gives None, so that it costs one episode and not the run."""
+    """`num_workers` processes, each with its own `build(*arguments)`. A worker that dies, or is silent for `timeout` seconds, is
+    replaced and its jobs are done again; a job that kills its worker twice gives None, so that it costs one episode and not the run."""
 
-    def __init__(self, num_workers, build, *arguments):
-        self.num_workers, self.initargs = num_workers, (build, arguments)
+    def __init__(self, num_workers, build, *arguments, timeout=WORKER_TIMEOUT):
+        self.num_workers, self.initargs, self.timeout = num_workers, (build, arguments), timeout
         self._start()
 
     def _start(self):
@@ -54,15 +54,16 @@ class WorkerPool:
         """[function(simulator, *job) for job in zip(*columns)], spread over the workers; None for a job that cannot be done.
         RuntimeError if no job can."""
         size = max(1, len(columns[0]) // (32 * self.num_workers))  # small pieces keep all workers busy to the end
-        functions = [function] * len(columns[0])
+        jobs = list(zip(*columns))
         try:
-            return list(self.executor.map(_call, functions, *columns, chunksize=size, timeout=WORKER_TIMEOUT))
+            pieces = [self.executor.submit(_call, function, jobs[i : i + size]) for i in range(0, len(jobs), size)]
+            return [result for piece in pieces for result in piece.result(self.timeout)]
         except (BrokenProcessPool, TimeoutError):
             self._restart()
         results = []
-        for job in zip(*columns):  # one by one, to find the job that does it
+        for job in jobs:  # one by one, to find the job that does it
             try:
-                results.append(self.executor.submit(_call, function, *job).result(timeout=WORKER_TIMEOUT))
+                results += self.executor.submit(_call, function, [job]).result(self.timeout)
             except (BrokenProcessPool, TimeoutError):
                 self._restart()
                 results.append(None)

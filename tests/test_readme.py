@@ -23,9 +23,12 @@ def test_every_logged_metric_is_explained():
             assert name in README, name
 
 
+TORCHRUN = {"nproc-per-node", "max-restarts", "nnodes", "rdzv-backend", "rdzv-endpoint"}
+
+
 def test_every_flag_and_file_named_exists():
     source = "".join((ROOT / file).read_text() for file in ("train_aloha.py", "train_libero.py", "tools/clone_base.py"))
-    for flag in set(re.findall(r"--([a-z]+(?:-[a-z]+)*)", README)):
+    for flag in set(re.findall(r"--([a-z]+(?:-[a-z]+)*)", README)) - TORCHRUN:
         names = {flag.replace("-", "_"), flag.removeprefix("no-").replace("-", "_")}  # tyro: --no-x switches x off
         assert flag == "help" or any(re.search(rf"^    {name}: ", source, re.M) for name in names), flag
     for path in set(re.findall(r"\]\((?!http)([\w/.]+?)(?:#L\d+)?\)", README)):

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from base_flow import FlowBase
+from fpo_actor import FlowActor
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
 
 
 def tool(name, cwd, *flags):
@@ -65,7 +67,79 @@ def test_libero_demonstrations_and_their_clone(tmp_path):
     assert base.header["task_ids"] == [56] and base.header["success"]["gaussian"]["episodes"] == 1
 
 
+@pytest.mark.parametrize("name", ["train_sac", "train_cloning"])
+def test_baselines_train(tmp_path, name):
+    flags = ("--num-envs", 4, "--total-env-steps", 3200, "--eval-every", 1600, "--eval-episodes", 2, "--num-workers", 2, "--minibatch-size", 16, "--updates", 2)
+    result = tool(name, tmp_path, *flags, *(("--warmup-decisions", 8) if name == "train_sac" else ()), "--run-name", "run")
+    assert result.returncode == 0, result.stderr
+    assert "3,2" in result.stdout and "fixed" in result.stdout
+    with open(tmp_path / "runs" / "run" / "eval.csv") as file:
+        assert len(file.readlines()) == 1 + 2 + 2 + 1 + 2
+    again = tool(name, tmp_path, "--run-name", "run")
+    assert again.returncode == 2 and "--run-name is run" in again.stderr
+
+
+def test_log_density_against_the_jacobian_of_the_flow():
+    """log π(x) = log N(x0) - log |det ∂x/∂x0|, with x = F(x0) integrated forwards and its Jacobian by reverse-mode autograd."""
+    from check_monotonicity import log_density
+
+    actor, s = FlowActor(state_dim=2, latent_dim=3).double(), torch.randn(2, dtype=torch.float64)
+    torch.nn.init.normal_(actor.out.weight, std=0.3)
+
+    def flow(x, steps=100):
+        velocity = lambda x, u: actor.velocity(x[None], torch.tensor([u], dtype=torch.float64), s[None])[0]
+        for k in range(steps):
+            u, h = k / steps, 1 / steps
+            x = x + h * velocity(x + h / 2 * velocity(x, u), u + h / 2)  # the midpoint rule
+        return x
+
+    for _ in range(3):
+        x_0 = torch.randn(3, dtype=torch.float64)
+        determinant = torch.linalg.slogdet(torch.autograd.functional.jacobian(flow, x_0))[1]
+        expected = torch.distributions.Normal(0, 1).log_prob(x_0).sum() - determinant
+        found = log_density(actor, flow(x_0).detach()[None], s[None], steps=16)[0]
+        assert abs(found - expected) < 1e-3
+
+
+def test_log_density_of_the_untrained_actor_is_that_of_the_prior():
+    from check_monotonicity import log_density
+
+    x = torch.randn(5, 24)
+    expected = torch.distributions.Normal(0, 1).log_prob(x).sum(1)
+    assert torch.allclose(log_density(FlowActor(4, 24), x, torch.randn(5, 4), steps=16), expected, atol=1e-3)
+
+
+def test_monotonicity_end_to_end(tmp_path):
+    result = tool("check_monotonicity", tmp_path, "--runs", "no_stabilisers", "--total-env-steps", 50_000, "--samples", 8, "--ode-steps", 4, "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    with open(tmp_path / "no_stabilisers_seed1.csv") as file:
+        assert len(file.readlines()) >= 2
+    assert "spearman" in result.stdout and (tmp_path / "monotonicity.png").stat().st_size > 10_000
+
+
+def test_pictures_of_a_finished_run(tmp_path):
+    result = tool("plots", tmp_path, "--latents", ROOT / "results" / "libero" / "butter_seed1", "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    for name in ("fig5_libero_90.png", "fig5_libero_90.svg", "fig7_libero_90.png", "fig7_libero_90_base_only.png"):
+        assert (tmp_path / name).stat().st_size > 10_000, name
+    table = (tmp_path / "latents.csv").read_text()
+    assert "Mahalanobis distance" in table and "silhouette" in table and "nan" not in table.replace(",nan,nan,", "")
+
+
+def test_the_queue_lists_its_commands():
+    result = tool("run_ablations", ROOT, "--list", "--rows", "aloha_no_clip", "--seeds", 2)
+    assert result.returncode == 0 and len(result.stdout.splitlines()) == 2
+    assert "--no-clip --seed 2" in result.stdout.splitlines()[1]
+
+
 @pytest.mark.parametrize("name, flags, words", [
+    ("run_ablations", ["--rows", "aloha_everything"], ["--rows has aloha_everything", "aloha_complete"]),
+    ("check_monotonicity", ["--samples", "0"], ["--samples is 0"]),
+    ("check_monotonicity", ["--runs", "magic"], ["--runs has magic"]),
+    ("train_cloning", ["--updates", "0"], ["--updates is 0"]),
+    ("train_sac", ["--tau", "2"], ["--tau is 2"]),
+    ("plots", ["--latents", "nowhere", "--out", "."], ["--latents", "nowhere"]),
+    ("plots", ["--strip", "nowhere", "--out", "."], ["--strip is nowhere"]),
     ("demo_aloha", ["--num-demos", "0"], ["--num-demos is 0"]),
     ("demo_aloha", ["--top-down-share", "1.5"], ["--top-down-share is 1.5"]),
     ("demo_aloha", ["--share-limits", "0.9", "0.1"], ["--share-limits is 0.9 0.1"]),

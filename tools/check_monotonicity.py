@@ -7,7 +7,7 @@ The latent space is small, so the exact log π_θ(x | s) is computable: x is car
 log π_θ(x | s) = log N(x(0); 0, I) - ∫ ∇·v_θ du (Chen et al. 2018), with the exact divergence. Every iteration of a run, on the latents of its rollout,
 compares Δℓ of Eq. 2 with log π_θ - log π_θold, θ_old and θ the actor before and after the update. Spearman's rank correlation, twice: with the 16
 draws of Eq. 2 that the update used, and with 256 others, to tell the estimator's noise from the assumption itself. It also fits log π's rise by
-D/2 · Δℓ, the slope behind the floor of D2. Results: results/monotonicity/<name>.csv, and results/figures/monotonicity.png and .svg.
+D/2 · Δℓ, the slope behind the floor of D2. Results: results/monotonicity/<name>.csv, and a picture beside them.
 """
 
 import os
@@ -47,7 +47,7 @@ class Args:
     """look at every so many iterations"""
     samples: int = 128
     """latents an iteration"""
-    ode_steps: int = 32
+    ode_steps: int = 16
     """Runge-Kutta steps of the flow"""
     out: Path = ROOT / "results" / "monotonicity"
     """folder of the tables"""
@@ -62,13 +62,13 @@ def log_density(actor, x, s, steps):
     D = x.shape[1]
 
     def field_and_divergence(x, u):
-        time = torch.full((1,), u)
+        time = torch.full((1,), u, dtype=x.dtype)
         net = lambda x: actor.net(x, time.expand(len(x)), s)
         column = lambda e: torch.func.jvp(net, (x,), (e.expand_as(x),))[1] @ e  # ∂net_d / ∂x_d
-        trace = torch.func.vmap(column)(torch.eye(D)).sum(0)
+        trace = torch.func.vmap(column)(torch.eye(D, dtype=x.dtype)).sum(0)
         return actor.velocity(x, time.expand(len(x)), s), trace
 
-    h, integral = 1 / steps, torch.zeros(len(x))
+    h, integral = 1 / steps, torch.zeros(len(x), dtype=x.dtype)
     for k in reversed(range(steps)):
         u = (k + 1) * h
         v1, d1 = field_and_divergence(x, u)
@@ -82,7 +82,7 @@ def log_density(actor, x, s, steps):
 
 def record(folder, command):
     """Run `command`, which writes folder/last.pt after every iteration, and keep all of those as hard links. -> their paths, in order."""
-    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     source, kept, seen = folder / "last.pt", [], None
     try:
         ended = False
@@ -144,7 +144,6 @@ def draw(tables, path):
     right.set(xlabel="environment steps (millions)", ylabel="ℓ_cfm on the executed latents", yscale="log")
     right.legend(fontsize=6, frameon=False)
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
     for suffix in (".png", ".svg"):
         figure.savefig(path.with_suffix(suffix))
 
@@ -162,9 +161,9 @@ if __name__ == "__main__":
     for name in args.runs:
         run_name = f"monotonicity_{name}_seed{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         print(f"train {name}: runs/{run_name}", flush=True)
-        command = [sys.executable, "train_aloha.py", "--device", "cpu", "--seed", args.seed, "--total-env-steps", args.total_env_steps, "--eval-every", args.total_env_steps,
+        command = [sys.executable, ROOT / "train_aloha.py", "--device", "cpu", "--seed", args.seed, "--total-env-steps", args.total_env_steps, "--eval-every", args.total_env_steps,
                    "--eval-episodes", 2, "--run-name", run_name, *RUNS[name]]  # fmt: skip
-        kept = record(ROOT / "runs" / run_name, list(map(str, command)))
+        kept = record(Path("runs") / run_name, list(map(str, command)))
         generator, rows, before = torch.Generator().manual_seed(args.seed), [], None
         for path in tqdm(kept, desc=f"measure {name}", unit="iteration"):
             after = load_checkpoint(path, "last.pt", "aloha")
@@ -179,4 +178,4 @@ if __name__ == "__main__":
         for key in ("spearman", "spearman_many_draws", "slope"):
             values = np.array([row[key] for row in rows])
             print(f"{name:16} {key:20} median {np.median(values):6.3f}   5 to 95 %: {np.quantile(values, 0.05):6.3f} to {np.quantile(values, 0.95):6.3f}")
-    draw(tables, ROOT / "results" / "figures" / "monotonicity")
+    draw(tables, args.out / "monotonicity")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 ENTRIES = [  # what the paper calls it, file, code
-    ("Eq. 1, return of an episode", "train_aloha.py", "returns.append(step"),
+    ("Eq. 1, return of an episode", "train_aloha.py", "episode_return = step["),
     ("Eq. 2, Δℓ", "fpo_loss.py", "delta = cfm_init - cfm"),
     ("Eq. 3, ratio ρ", "fpo_loss.py", "return torch.exp(beta * z)"),
     ("Eq. 4, clipped surrogate", "fpo_loss.py", "surrogate = torch.min("),

@@ -63,6 +63,8 @@ class Args:
     """entropy that the temperature aims at, nats a latent dimension; N(0, 1) has 1.42"""
     temperature: float = 0.01
     """first temperature"""
+    backup_entropy: bool = False
+    """count the entropy of later decisions in the TD target too; success ends an episode and with it that bonus, so that failing would pay"""
     num_critics: int = 5
     """M, members of the ensemble"""
     tau: float = 0.05
@@ -207,7 +209,8 @@ if __name__ == "__main__":
                 with torch.no_grad():
                     x_next, log_next = actor(b["s_next"], generator)
                     y = td_target(target, b["r"], b["discount"], b["terminated"], b["s_next"], x_next)
-                    y = y - b["discount"] * (1 - b["terminated"]) * alpha * log_next
+                    if args.backup_entropy:
+                        y = y - b["discount"] * (1 - b["terminated"]) * alpha * log_next
                 loss_critic = critic_loss(critic, b["s"], b["x"], y)
                 critic_optimizer.zero_grad()
                 loss_critic.backward()

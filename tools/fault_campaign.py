@@ -1,0 +1,320 @@
+"""Whatever dies on the way costs at most one iteration: faults in short real runs of train_aloha.py, and what is left afterwards.
+
+    python tools/fault_campaign.py                    # a few minutes; writes results/faults.md
+    python tools/fault_campaign.py --tries 20 --only "kill -9 of the parent"
+
+A run of six iterations is made once without a fault. After every fault: no process is left over, the last checkpoint is whole, and the run, resumed where
+it had to stop, ends where the undisturbed one ended: metrics, evaluation rows and latents equal, parameters bit for bit. Moments are drawn from --seed.
+"""
+
+import csv
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+import psutil
+import torch
+import tyro
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from run_files import stop, write_atomically
+
+SMALL = ("--num-envs 4 --num-workers 2 --rollout-decisions 4 --critic-warmup 1 --critic-epochs 6 --actor-epochs 4 --minibatch-size 8 --num-draws 4 "
+         "--num-critics 2 --eval-episodes 4 --eval-every 1280 --total-env-steps 3840 --worker-timeout 15 --device cpu --seed 3").split()  # fmt: skip
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
+TRAIN = str(ROOT / "train_aloha.py")
+
+
+@dataclass
+class Args:
+    tries: int = 6
+    """tries of every fault that strikes at a random moment"""
+    seed: int = 0
+    """seed of the moments"""
+    only: str | None = None
+    """one fault alone, by its name in the table"""
+    out: Path = ROOT / "results" / "faults.md"
+    """where the table goes"""
+
+
+class Run:
+    """One run in `folder`/runs/<name>, its output in a file."""
+
+    def __init__(self, folder, name, *flags, launcher=(sys.executable,), limit=None, resume=False):
+        self.path, self.log = folder / "runs" / name, folder / f"{name}.log"
+        flags = ["--resume", self.path] if resume else [*SMALL, "--run-name", name, *flags]
+        file_limit = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))) if limit else None
+        with open(self.log, "w") as log:
+            self.process = subprocess.Popen([*launcher, TRAIN, *map(str, flags)], cwd=folder, stdout=log, stderr=log, preexec_fn=file_limit,
+                                            env=dict(os.environ, OMP_NUM_THREADS="1", LOCAL_WORLD_SIZE="2"))  # fmt: skip
+        self.family = {}
+
+    def descendants(self):
+        """Every process that the run has started so far and that is alive."""
+        try:
+            self.family |= {p.pid: p for p in psutil.Process(self.process.pid).children(recursive=True)}
+        except psutil.NoSuchProcess:
+            pass
+        return [p for p in self.family.values() if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+    def wait_until(self, condition, seconds=120):
+        """Look often until the condition holds or the run ends. -> whether it held"""
+        deadline = time.monotonic() + seconds
+        while self.process.poll() is None and time.monotonic() < deadline:
+            self.descendants()
+            if condition():
+                return True
+            time.sleep(0.002)
+        return False
+
+    def finish(self, seconds=180):
+        """Wait for the end, and for the end of every process of the run. -> exit code; raises if one stays."""
+        try:
+            code = self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            for p in [*self.descendants(), self.process]:
+                p.kill()
+            raise AssertionError("it did not end") from None
+        deadline = time.monotonic() + 20
+        while (left := self.descendants()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        for p in left:
+            p.kill()
+        assert not left, f"{len(left)} processes were left over"
+        return code
+
+    def said(self):
+        return self.log.read_text()
+
+    def iterations(self):
+        path = self.path / "metrics.csv"
+        return len(path.read_text().splitlines()) - 1 if path.exists() else 0
+
+
+def table_of(path):
+    with open(path, newline="") as file:
+        timing = ("charts/SPS", "charts/rollout_seconds", "charts/update_seconds")
+        return [{k: v for k, v in row.items() if k not in timing} for row in csv.DictReader(file)]
+
+
+def assert_same(whole, run):
+    """Metrics, evaluation rows, latents and parameters of two finished runs are equal."""
+    for name in ("metrics.csv", "eval.csv"):
+        assert table_of(whole / name) == table_of(run / name), f"{name} differs"
+    with np.load(whole / "latents.npz") as a, np.load(run / "latents.npz") as b:
+        assert all(np.array_equal(a[key], b[key]) for key in a.files), "latents.npz differs"
+    a, b = (torch.load(path / "last.pt", weights_only=True) for path in (whole, run))
+    for part in ("actor", "critic", "target"):
+        assert all(torch.equal(a[part][name], b[part][name]) for name in a[part]), f"the {part} differs"
+
+
+def go_on(folder, run, whole, launcher=(sys.executable,)):
+    """Resume a run that was stopped, or start it anew if it had not come to its first checkpoint; it must end as the undisturbed one."""
+    if (run.path / "last.pt").exists():
+        again = Run(folder, run.path.name, launcher=launcher, resume=True)
+    else:
+        shutil.rmtree(run.path, ignore_errors=True)
+        again = Run(folder, run.path.name, launcher=launcher)
+    code = again.finish()
+    assert code == 0, f"resume ended with code {code}: {again.said()[-300:]}"
+    assert_same(whole, run.path)
+
+
+# ---- the faults: each takes (folder, name, moment in [0, 1), undisturbed run, its seconds, random generator) and asserts ----
+
+
+def kill_parent(folder, name, moment, whole, seconds, rng):
+    run = Run(folder, name)
+    run.wait_until(lambda: False, moment * seconds)
+    run.process.kill()
+    run.finish()
+    go_on(folder, run, whole)
+
+
+def kill_worker(folder, name, moment, whole, seconds, rng, sign=signal.SIGKILL):
+    run = Run(folder, name)
+    run.wait_until(lambda: any("spawn_main" in " ".join(p.cmdline()) for p in run.descendants()))
+    run.wait_until(lambda: False, moment * seconds / 2)
+    workers = [p for p in run.descendants() if "spawn_main" in " ".join(p.cmdline())]
+    if workers:
+        workers[rng.integers(len(workers))].send_signal(sign)
+    assert run.finish() == 0, run.said()[-300:]
+    assert_same(whole, run.path)
+
+
+def hang_worker(*arguments):
+    kill_worker(*arguments, sign=signal.SIGSTOP)
+
+
+def kill_rank(folder, name, moment, whole, seconds, rng):
+    run = Run(folder, name, launcher=TORCHRUN)
+    ranks = lambda: [p for p in psutil.Process(run.process.pid).children() if "train_aloha" in " ".join(p.cmdline())]
+    run.wait_until(lambda: (run.path / "last.pt").exists())
+    run.wait_until(lambda: False, moment * seconds / 2)
+    if run.process.poll() is None and (alive := ranks()):
+        alive[rng.integers(len(alive))].kill()
+    code = run.finish()
+    assert code == 0, f"torchrun ended with code {code}: {run.said()[-300:]}"
+    assert_same(whole.with_name("whole_two_ranks"), run.path)
+
+
+def interrupt(folder, name, whole, sign, when):
+    """A signal once `when(run)` holds."""
+    run = Run(folder, name)
+    met = run.wait_until(lambda: when(run))
+    run.process.send_signal(sign)
+    code = run.finish()
+    assert met, "the moment never came"
+    assert code == 130 and "Traceback" not in run.said(), f"code {code}: {run.said()[-300:]}"
+    assert "--resume" in run.said() or "before the first checkpoint" in run.said(), "it did not say how to go on"
+    go_on(folder, run, whole)
+
+
+def at_random(sign):
+    def fault(folder, name, moment, whole, seconds, rng):
+        start = time.monotonic()  # after the first checkpoint: before it, Python may still be importing
+        interrupt(folder, name, whole, sign, lambda run: (run.path / "last.pt").exists() and time.monotonic() - start > (0.4 + 0.5 * moment) * seconds)
+
+    return fault
+
+
+def in_evaluation(sign):
+    return lambda folder, name, moment, whole, seconds, rng: interrupt(folder, name, whole, sign, lambda run: "evaluate tuned" in run.said())
+
+
+def in_checkpoint(sign):
+    def fault(folder, name, moment, whole, seconds, rng):
+        interrupt(folder, name, whole, sign, lambda run: run.iterations() >= 1 + 3 * moment and (run.path / "last.pt.partial").exists())
+
+    return fault
+
+
+def full_disk(folder, name, moment, whole, seconds, rng):
+    size = (whole / "last.pt").stat().st_size
+    run = Run(folder, name, limit=int(size * (0.05 + 0.94 * moment)))  # no file may grow beyond this
+    code = run.finish()
+    assert code == 1 and "cannot be written" in run.said() and "Traceback" not in run.said(), f"code {code}: {run.said()[-300:]}"
+    go_on(folder, run, whole)
+
+
+def damaged(change):
+    """A checkpoint that `change(bytes, moment)` has damaged: one sentence, and nothing touched."""
+
+    def fault(folder, name, moment, whole, seconds, rng):
+        path = folder / "runs" / name
+        shutil.copytree(whole, path)
+        (path / "last.pt").write_bytes(change((path / "last.pt").read_bytes(), moment))
+        before = {p: p.read_bytes() for p in path.iterdir()}
+        run = Run(folder, name, resume=True)
+        code = run.finish()
+        assert code == 2 and "last.pt" in run.said() and "Traceback" not in run.said(), f"code {code}: {run.said()[-300:]}"
+        assert before == {p: p.read_bytes() for p in path.iterdir()}, "files were touched"
+
+    return fault
+
+
+def unreadable(folder, name, moment, whole, seconds, rng):
+    path = folder / "runs" / name
+    shutil.copytree(whole, path)
+    (path / "last.pt").unlink()
+    (path / "last.pt").mkdir()  # root can read every file
+    run = Run(folder, name, resume=True)
+    code = run.finish()
+    assert code == 2 and "cannot be read" in run.said() and "Traceback" not in run.said(), f"code {code}: {run.said()[-300:]}"
+
+
+def simulator_raises(folder, name, moment, whole, seconds, rng):
+    """A base whose actions are not numbers: MuJoCo's warnings or errors cost the episode, counted as failed, not the run."""
+    with safe_open(ROOT / "weights" / "aloha.safetensors", "pt") as file:
+        tensors, header = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
+    tensors["chunk_mean"] *= float("nan")
+    save_file(tensors, folder / "nan.safetensors", header)
+    run = Run(folder, name, "--weights", folder / "nan.safetensors", "--eval-only")
+    code = run.finish()
+    assert code == 0 and "Traceback" not in run.said(), f"code {code}: {run.said()[-300:]}"
+    rows = table_of(run.path / "eval.csv")
+    assert len(rows) == 8 and all(row["success"] == "0" and row["diverged"] == "1" for row in rows), "episodes were not counted as failed"
+
+
+def nan_in_a_loss(folder, name, moment, whole, seconds, rng):
+    run = Run(folder, name, "--critic-lr", "1e30")
+    code = run.finish()
+    assert code == 1 and "NaN" in run.said() and "last.pt" in run.said() and "Traceback" not in run.said(), f"code {code}: {run.said()[-300:]}"
+    saved = torch.load(run.path / "last.pt", weights_only=True)
+    assert all(value.isfinite().all() for value in saved["critic"].values()), "the checkpoint is not the last good one"
+
+
+def flip(data, moment):
+    changed = bytearray(data)
+    changed[int(moment * len(data))] ^= 0x10
+    return bytes(changed)
+
+
+FAULTS = {  # name: (fault, whether every try has another moment)
+    "kill -9 of the parent": (kill_parent, True),
+    "kill -9 of a worker": (kill_worker, True),
+    "kill -9 of a rank under torchrun --max-restarts 1": (kill_rank, True),
+    "a worker that hangs": (hang_worker, False),
+    "Ctrl-C in rollout or update": (at_random(signal.SIGINT), True),
+    "SIGTERM in rollout or update": (at_random(signal.SIGTERM), True),
+    "Ctrl-C in an evaluation": (in_evaluation(signal.SIGINT), False),
+    "SIGTERM in an evaluation": (in_evaluation(signal.SIGTERM), False),
+    "Ctrl-C while a checkpoint is written": (in_checkpoint(signal.SIGINT), True),
+    "SIGTERM while a checkpoint is written": (in_checkpoint(signal.SIGTERM), True),
+    "a full disk": (full_disk, True),
+    "an unreadable checkpoint": (unreadable, False),
+    "a checkpoint cut short": (damaged(lambda data, moment: data[: int(moment * len(data))]), True),
+    "a checkpoint with a flipped bit": (damaged(flip), True),
+    "a simulator that raises": (simulator_raises, False),
+    "NaN in a loss": (nan_in_a_loss, False),
+}
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
+    if args.tries < 1:
+        stop(f"--tries is {args.tries}; give at least 1")
+    if args.only and args.only not in FAULTS:
+        stop(f"--only is {args.only!r}, which is none of: {'; '.join(FAULTS)}")
+    chosen = {name: fault for name, fault in FAULTS.items() if args.only in (None, name)}
+    rng = np.random.default_rng(args.seed)
+    lines, failures = ["| fault | tries | survived |", "|---|---|---|"], 0
+    with tempfile.TemporaryDirectory() as folder:
+        folder, start = Path(folder), time.monotonic()
+        undisturbed = Run(folder, "whole")
+        assert undisturbed.finish() == 0, undisturbed.said()
+        seconds = time.monotonic() - start
+        if any(fault is kill_rank for fault, _ in chosen.values()):
+            two = Run(folder, "whole_two_ranks", launcher=TORCHRUN)
+            assert two.finish() == 0, two.said()
+        bar = tqdm(total=sum(args.tries if many else 1 for _, many in chosen.values()), unit="fault")
+        for number, (name, (fault, many)) in enumerate(chosen.items()):
+            tries, survived = args.tries if many else 1, 0
+            for attempt in range(tries):
+                try:
+                    fault(folder, f"fault{number}_{attempt}", rng.random(), undisturbed.path, seconds, rng)
+                    survived += 1
+                except AssertionError as error:
+                    tqdm.write(f"{name}, try {attempt}: {error}")
+                bar.update()
+            failures += tries - survived
+            lines.append(f"| {name} | {tries} | {survived} |")
+    if args.only is None:
+        command = f"python tools/fault_campaign.py --tries {args.tries} --seed {args.seed}"
+        write_atomically(args.out, ("\n".join([*lines, "", f"`{command}`, {(time.monotonic() - start) / 60:.0f} minutes. Survived: see the top of the tool."]) + "\n").encode())
+    print("\n".join(lines))
+    if failures:
+        stop(f"{failures} faults were not survived; see above", code=1)
