@@ -38,6 +38,14 @@ def gathered(value):
     return values
 
 
+def collected(value):
+    """[value of rank 0, value of rank 1, …] on rank 0, None on the others."""
+    values = [value] * WORLD if RANK == 0 else None
+    if WORLD > 1:
+        dist.gather_object(value, values)
+    return values
+
+
 def spread(values, own, size):
     """Our rows among zeros. values: (n, …), own: their places -> (size, …)."""
     full = values.new_zeros(size, *values.shape[1:])
@@ -87,8 +95,7 @@ def merged(result, episodes):
     return columns
 
 
-def merged_states(state):
+def joined(states):
     """One state of all environments from those of the ranks: arrays and lists one behind the other, None stays None."""
-    states = gathered(state)
     join = lambda parts: None if parts[0] is None else np.concatenate(parts) if isinstance(parts[0], np.ndarray) else sum(parts, [])
-    return {key: join([s[key] for s in states]) for key in state}
+    return {key: join([s[key] for s in states]) for key in states[0]}

@@ -303,16 +303,16 @@ if __name__ == "__main__":
 
     def save(name):
         """Everything that decides how the run goes on."""
-        all_envs = ranks.merged_states(envs.state_dict())
-        whole_buffer = [ranks.gathered({k: v.cpu() for k, v in b.items()}) for b in buffer.iterations]
+        parts = ranks.collected((envs.state_dict(), [{k: v.cpu() for k, v in b.items()} for b in buffer.iterations]))
         if RANK > 0:
             return
+        states, buffers = zip(*parts)
         save_checkpoint(folder / name, dict(
             task=task, latent_dim=D, weights_sha256=base.sha256, iteration=iteration, env_steps=env_steps, seconds=elapsed(),
             actor=actor.state_dict(), critic=critic.state_dict(), target=target.state_dict(),
             actor_optimizer=actor_optimizer.state_dict(), critic_optimizer=critic_optimizer.state_dict(),
-            buffer=[{k: torch.cat([part[k] for part in b], 1) for k in b[0]} for b in whole_buffer],  # (T, E, …)
-            generator=generator.get_state(), envs=all_envs, recent=list(recent),
+            buffer=[{k: torch.cat([part[k] for part in b], 1) for k in b[0]} for b in zip(*buffers)],  # (T, E, …)
+            generator=generator.get_state(), envs=ranks.joined(states), recent=list(recent),
             evaluations=evaluations, metric_rows=metrics_log.rows, episode_rows=episode_log.rows,
         ))  # fmt: skip
 

@@ -1,7 +1,6 @@
 """torchrun: two ranks are one rank with as many environments, and a rank that dies costs at most an iteration. Real runs on ALOHA."""
 
 import csv
-import os
 import subprocess
 import sys
 import time
@@ -29,8 +28,7 @@ def rows(path):
 
 
 def start(cwd, *command):
-    environment = dict(os.environ, LOCAL_WORLD_SIZE="2")  # a thread each, as two ranks on two cores have
-    return subprocess.Popen([*map(str, command)], cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([*map(str, command)], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def finish(process, code=0):

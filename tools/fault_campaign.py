@@ -9,7 +9,6 @@ it had to stop, ends where the undisturbed one ended: metrics, evaluation rows a
 
 import csv
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -53,12 +52,11 @@ class Args:
 class Run:
     """One run in `folder`/runs/<name>, its output in a file."""
 
-    def __init__(self, folder, name, *flags, launcher=(sys.executable,), limit=None, resume=False):
+    def __init__(self, folder, name, *flags, launcher=(sys.executable,), resume=False):
         self.path, self.log = folder / "runs" / name, folder / f"{name}.log"
         flags = ["--resume", self.path] if resume else [*SMALL, "--run-name", name, *flags]
-        file_limit = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))) if limit else None
         with open(self.log, "w") as log:
-            self.process = subprocess.Popen([*launcher, TRAIN, *map(str, flags)], cwd=folder, stdout=log, stderr=log, preexec_fn=file_limit,
+            self.process = subprocess.Popen([*launcher, TRAIN, *map(str, flags)], cwd=folder, stdout=log, stderr=log,
                                             env=dict(os.environ, OMP_NUM_THREADS="1", LOCAL_WORLD_SIZE="2"))  # fmt: skip
         self.family = {}
 
@@ -72,9 +70,11 @@ class Run:
 
     def wait_until(self, condition, seconds=120):
         """Look often until the condition holds or the run ends. -> whether it held"""
-        deadline = time.monotonic() + seconds
+        deadline, looked = time.monotonic() + seconds, 0.0
         while self.process.poll() is None and time.monotonic() < deadline:
-            self.descendants()
+            if time.monotonic() > looked + 0.2:
+                looked = time.monotonic()
+                self.descendants()
             if condition():
                 return True
             time.sleep(0.002)
@@ -204,7 +204,10 @@ def in_checkpoint(sign):
 
 def full_disk(folder, name, moment, whole, seconds, rng):
     size = (whole / "last.pt").stat().st_size
-    run = Run(folder, name, limit=int(size * (0.05 + 0.94 * moment)))  # no file may grow beyond this
+    run = Run(folder, name)
+    assert run.wait_until(lambda: run.iterations() >= 1 + 4 * moment), "the moment never came"
+    limit = int(size * (0.3 + 0.6 * moment))
+    psutil.Process(run.process.pid).rlimit(psutil.RLIMIT_FSIZE, (limit, limit))  # no file may grow beyond this, as if the disk were full
     code = run.finish()
     assert code == 1 and "cannot be written" in run.said() and "Traceback" not in run.said(), f"code {code}: {run.said()[-300:]}"
     go_on(folder, run, whole)

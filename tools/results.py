@@ -1,6 +1,6 @@
 """README's learning curves and tables, from the CSV files in results/aloha/ and results/libero/.
 
-    python tools/results.py            # curve.png, table.md, suites.md in results/aloha and results/libero, and README's tables
+    python tools/results.py            # curve.png and the tables in results/aloha, results/libero and results/ablations, and those in README
 
 A run's files there are those of its run folder: metrics.csv, eval.csv (an evaluation episode a row) and args.json.
 """
@@ -30,6 +30,27 @@ PICTURES = (
 # LIBERO's suites: name, the paper's π_0-FPO (Table I, %)
 SUITES = dict(libero_spatial=("LIBERO-Spatial", 97.2), libero_object=("LIBERO-Object", 97.3), libero_goal=("LIBERO-Goal", 89.4),
               libero_10=("LIBERO-Long", 65.3))  # fmt: skip
+# the paper's Table I: success (%) and rank a suite, average, average rank
+PAPER_TABLE_1 = (
+    ("Diffusion Policy", 78.3, 6, 92.5, 2, 68.3, 6, 50.5, 6, 72.4, 5.0),
+    ("GRAPE (DPO)", 87.6, 3, 91.2, 4, 82.2, 3, 55.8, 3, 79.2, 3.3),
+    ("Octo (SFT)", 78.9, 5, 85.7, 6, 84.6, 2, 51.1, 5, 75.1, 4.5),
+    ("OpenVLA (SFT)", 84.7, 4, 88.4, 5, 79.2, 5, 53.7, 4, 76.5, 4.5),
+    ("VLA-RL", 90.2, 2, 91.8, 3, 82.2, 3, 59.8, 2, 81.0, 2.5),
+    ("π_0-FAST", 96.4, "–", 96.8, "–", 88.6, "–", 60.2, "–", 85.5, "–"),
+    ("π_0-FPO", 97.2, 1, 97.3, 1, 89.4, 1, 65.3, 1, 87.2, 1),  # the mean of its four suites is 87.3
+)
+# rows of tools/run_ablations.py: what the table calls them; Table II also has the paper's success (%) on butter/tray
+TABLE_2 = dict(complete=("FPO (complete)", 78.5), sac=("without CFM ratio proxy: SAC", 32.4), no_clip=("without PPO clipping", 45.1),
+               k1=("single-step integration (K = 1)", 61.7), single_critic=("single critic", 71.2))  # fmt: skip
+EXTRAS = dict(
+    complete="defaults", literal="--literal: the paper to the letter", stored_values="stored value latents (D5)", no_self_anchor="no self-anchor",
+    no_velocity_anchor="no velocity anchor", no_anchor="no anchor at all", drift_limit="no anchor, but the drift limit 0.05",
+    loss_cap="no anchor, but the loss cap 0.1", prior_anchor="no anchor, but the prior anchor 0.1", advantage_limit="no anchor, but the advantage limit 1",
+    k4_midpoint="K = 4, midpoint grid", k4_end="K = 4, end grid", raw_ratio="raw ratio exp(Δℓ) (McAllister et al.)", half_latent="half the latents (D12)",
+    floor="σ floor 1e-8 (D2)", floor_no_clip="σ floor 1e-8, without clipping", shuffled="shuffled advantages (D14)",
+    cloning="cloning of successes instead of FPO",
+)  # fmt: skip
 COLORS = ["#332288", "#88ccee", "#44aa99", "#999933", "#cc6677"]  # Paul Tol's muted scheme, safe for colour-blind readers
 
 
@@ -84,7 +105,9 @@ def publish(path, lines):
     readme = ROOT / "README.md"
     begin, end = f"<!-- results/{path.parent.name}/{path.name} -->\n", "<!-- end -->"
     new = begin + "\n".join(lines) + "\n" + end
-    readme.write_text(re.sub(re.escape(begin) + ".*?" + end, lambda _: new, readme.read_text(), count=1, flags=re.S))
+    text = readme.read_text()
+    if begin in text:
+        readme.write_text(re.sub(re.escape(begin) + ".*?" + end, lambda _: new, text, count=1, flags=re.S))
     print("\n".join(lines))
 
 
@@ -111,6 +134,64 @@ def write_suites(folder):
         tasks += [",".join([suite, r["task_id"], r["task"], r["policy"] or "not cloned", r["successes"], r["episodes"]]) for r in table if r["task_id"].isdigit()]
     publish(folder / "suites.md", lines)
     (folder / "suites.csv").write_text("\n".join(tasks) + "\n")
+
+
+def write_table_1(folder):
+    """table1.md and table1.csv: the paper's Table I, and our base, zero latents and tuned actor below it. Ours are another base on the tasks it covers."""
+    names = ["LIBERO-Spatial", "LIBERO-Object", "LIBERO-Goal", "LIBERO-Long"]
+    header = ["method", *(column for name in names for column in (name, "rank")), "average", "average rank"]
+    rows = [[f"{row[0]} (paper)", *map(str, row[1:])] for row in PAPER_TABLE_1]
+    for policy, label in (("base", "our base"), ("zero latents", "our base, zero latents"), ("tuned", "our base + FPO")):
+        shares = []
+        for suite in SUITES:
+            path = folder / f"{suite}_seed1" / "eval.csv"
+            run = evaluations(path) if path.exists() else {}
+            last = max((key for key in run if key[0] == policy), key=lambda key: key[1], default=None)
+            shares.append(100 * run[last]["success"].mean() if last else None)
+        cells = [cell for share in shares for cell in (f"{share:.1f}" if share is not None else "–", "–")]
+        rows.append([label, *cells, f"{np.mean(shares):.1f}" if None not in shares else "–", "–"])
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header), *("| " + " | ".join(row) + " |" for row in rows)]
+    (folder / "table1.md").write_text("\n".join(lines) + "\n")
+    (folder / "table1.csv").write_text("\n".join(",".join(row) for row in [header, *rows]) + "\n")
+
+
+def over_seeds(values):
+    """Mean and 95 % t interval over seeds of success rates, as a cell of a table."""
+    values = 100 * np.array(values)
+    if len(values) < 2:
+        return f"{values.mean():.1f} % (1 seed)"
+    return f"{values.mean():.1f} % ± {stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)):.1f}"
+
+
+def write_ablations(path):
+    """table2.md and extras.md beside runs.csv: success at a quarter, half and all of the budget, mean and t interval over seeds."""
+    runs = {}
+    with open(path, newline="") as file:
+        for line in csv.DictReader(file):
+            evaluated = runs.setdefault(line["row"], {}).setdefault(line["seed"], [])
+            if line["policy"] == "tuned":
+                evaluated.append(int(line["successes"]) / int(line["episodes"]))
+
+    def cells(row):
+        """The seeds, and success at each of the four evaluations; a run that stopped early counts with its last one."""
+        seeds = [s for s in runs.get(row, {}).values() if s]
+        at = lambda k: over_seeds([s[min(k, len(s) - 1)] for s in seeds])
+        return [str(len(seeds)), at(0), at(1), f"**{at(3)}**"] if seeds else None
+
+    head = ["seeds", "a quarter", "half", "all"]
+    lines = ["| row | task | " + " | ".join(head) + " | paper, butter/tray |", "|" + "---|" * (len(head) + 3)]
+    for row, (label, paper) in TABLE_2.items():
+        for task, name in (("aloha", "ALOHA, 0.8 M steps"), ("butter", "butter/tray, 0.25 M")):
+            if found := cells(f"{task}_{row}"):
+                lines.append(f"| {label} | {name} | {' | '.join(found)} | {paper if task == 'butter' else ''} |")
+    publish(path.with_name("table2.md"), lines)
+    lines = ["| ALOHA, 0.4 M steps | " + " | ".join(head) + " |", "|" + "---|" * (len(head) + 1)]
+    lines += [f"| {label} | {' | '.join(found)} |" for row, label in EXTRAS.items() if (found := cells(f"short_{row}"))]
+    publish(path.with_name("extras.md"), lines)
+    for name in ("table2", "extras"):
+        text = path.with_name(f"{name}.md").read_text().splitlines()
+        plain = [[c.strip().strip("*") for c in line.strip("|").split("|")] for i, line in enumerate(text) if i != 1]
+        path.with_name(f"{name}.csv").write_text("\n".join(",".join(f'"{c}"' if "," in c else c for c in row) for row in plain) + "\n")
 
 
 def draw_curve(folder, seeds, title, papers, paper_label):
@@ -143,3 +224,6 @@ if __name__ == "__main__":
             write_table(folder, runs, seeds, strict=name == "aloha")
             draw_curve(folder, seeds, title, papers, paper_label)
     write_suites(ROOT / "results" / "libero")
+    write_table_1(ROOT / "results" / "libero")
+    if (ablations := ROOT / "results" / "ablations" / "runs.csv").exists():
+        write_ablations(ablations)

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from base_flow import FlowBase
 from env_aloha import TrainingEnvs, Workers, play_episodes, sample_box_poses
 from fpo_actor import FlowActor, draw_flow_noise
+from ranks import CPUS
 from run_files import CsvLog, compare, new_run_folder, rate, save_checkpoint, stop, wilson, write_args
 
 
@@ -43,7 +44,7 @@ class Args:
     """control steps of training, evaluation not counted"""
     num_envs: int = 32
     """parallel environments"""
-    num_workers: int = min(os.cpu_count() or 1, 16)
+    num_workers: int = min(CPUS, 16)
     """simulator processes; the results do not depend on it"""
     rollout_decisions: int = 10
     """latent chunks an environment and iteration"""
@@ -138,7 +139,7 @@ if __name__ == "__main__":
             bar.update(env_steps - steps_before)
             bar.set_postfix(success=f"{np.mean(recent):.2f}" if recent else "-", refresh=False)
 
-            torch.set_num_threads(min(os.cpu_count() or 1, 4))
+            torch.set_num_threads(min(CPUS, 4))
             losses = []
             if good:
                 s_good, x_good = map(torch.stack, zip(*good))

@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from base_flow import FlowBase
 from fpo_critic import QEnsemble, critic_loss, polyak_update, td_target
+from ranks import CPUS
 from run_files import CsvLog, compare, new_run_folder, rate, save_checkpoint, stop, wilson, write_args
 
 BOUND = 3.0  # latents lie within ± this; N(0, I) squashed by it keeps 0.82 of its standard deviation
@@ -47,7 +48,7 @@ class Args:
     """control steps of training, evaluation not counted; 800 000 for aloha, 250 000 for LIBERO if left out"""
     num_envs: int = 32
     """parallel environments"""
-    num_workers: int = min(os.cpu_count() or 1, 16)
+    num_workers: int = min(CPUS, 16)
     """simulator processes; the results do not depend on it"""
     warmup_decisions: int = 1000
     """first decisions with latents from N(0, I), before any update"""
@@ -199,7 +200,7 @@ if __name__ == "__main__":
             bar.update(env_steps - steps_before)
             recent.extend(float(step["success"][i]) for i in np.flatnonzero(step["terminated"] | step["truncated"]))
 
-            torch.set_num_threads(min(os.cpu_count() or 1, 4))
+            torch.set_num_threads(min(CPUS, 4))
             owed += args.updates * args.num_envs if decisions > args.warmup_decisions else 0
             while owed >= 1:
                 owed -= 1
