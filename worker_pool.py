@@ -6,6 +6,7 @@
 A job must not depend on what the process did before. Then a dead worker's job is simply done again elsewhere.
 """
 
+import math
 import multiprocessing
 import os
 import signal
@@ -53,10 +54,13 @@ class WorkerPool:
     def map(self, function, *columns):
         """[function(simulator, *job) for job in zip(*columns)], spread over the workers; None for a job that cannot be done.
         RuntimeError if no job can."""
-        size = max(1, len(columns[0]) // (32 * self.num_workers))  # small pieces keep all workers busy to the end
         jobs = list(zip(*columns))
+        # a message costs, so the first pieces are large; the last ones are small, so that all workers are busy to the end
+        cuts = [0]
+        while cuts[-1] < len(jobs):
+            cuts.append(cuts[-1] + math.ceil((len(jobs) - cuts[-1]) / (2 * self.num_workers)))
         try:
-            pieces = [self.executor.submit(_call, function, jobs[i : i + size]) for i in range(0, len(jobs), size)]
+            pieces = [self.executor.submit(_call, function, jobs[i:j]) for i, j in zip(cuts, cuts[1:])]
             return [result for piece in pieces for result in piece.result(self.timeout)]
         except (BrokenProcessPool, TimeoutError):
             self._restart()
