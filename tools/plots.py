@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 import matplotlib
 
 matplotlib.use("Agg")
+matplotlib.rcParams["svg.hashsalt"] = "the same file every time"
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
@@ -57,7 +58,7 @@ class Args:
 def save(figure, out, name):
     figure.tight_layout()
     for suffix in (".png", ".svg"):
-        figure.savefig(out / f"{name}{suffix}", dpi=150)
+        figure.savefig(out / f"{name}{suffix}", dpi=150, metadata={"Date": None} if suffix == ".svg" else None)
     plt.close(figure)
     print(out / f"{name}.png")
 
@@ -325,7 +326,7 @@ def draw_strip(out, folder, columns=6):
         play = lambda act: play_episodes(workers, [task_id], [official(episode)], act, True)
         pictures = lambda result, at: workers.render([task_id], [[result["frames"][0][t] for t in at]])[0]
     half = min(checkpoints, key=lambda path: abs(int(path.stem[4:]) - last / 2))
-    figure, panels = plt.subplots(3, columns, figsize=(2 * columns, 5.0))
+    figure, panels = plt.subplots(3, columns, figsize=(2 * columns, 5.4))
     for row, (label, path) in enumerate((("base", None), ("half", half), ("tuned", checkpoints[-1]))):
         actor = FlowActor(base.state_dim, flags["latent_dim"] or base.latent_dim)
         if path:
