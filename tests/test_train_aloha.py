@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -187,6 +188,33 @@ def test_nan_stops_with_the_last_good_checkpoint(tmp_path):
 
     checkpoint = load_checkpoint(tmp_path / "runs" / "nan" / "last.pt", "--resume", "aloha")
     assert all(value.isfinite().all() for value in checkpoint["critic"].values())
+
+
+def test_track_offline(tmp_path):
+    """Weights & Biases gets every scalar of every iteration that metrics.csv has, here into its file in the run folder."""
+    environment = dict(os.environ, WANDB_MODE="offline", HOME=str(tmp_path))
+    result = subprocess.run(command(*SMALL, "--track", "--run-name", "tracked", "--total-env-steps", 480), cwd=tmp_path, env=environment, capture_output=True,
+                            text=True, timeout=200)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    folder = tmp_path / "runs" / "tracked"
+    (file,) = folder.glob("wandb/offline-run-*/*.wandb")
+    data, metrics = file.read_bytes(), rows(folder / "metrics.csv")
+    assert len(metrics) == 3
+    for name in metrics[0]:
+        assert data.count(name.encode()) >= sum(row[name] != "" for row in metrics), name
+
+
+def test_a_file_that_cannot_be_written_stops_the_run_with_one_sentence(tmp_path):
+    """As on a full disk: no file may grow beyond a limit that is set while the run goes on."""
+    process = subprocess.Popen(command(*SMALL, "--run-name", "full", "--total-env-steps", 1600), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not (tmp_path / "runs" / "full" / "last.pt").exists():
+        time.sleep(0.02)
+    psutil.Process(process.pid).rlimit(psutil.RLIMIT_FSIZE, (500_000, 500_000))
+    message = process.communicate(timeout=100)[1]
+    assert process.returncode == 1 and "cannot be written" in message and "--resume runs/full" in message and "Traceback" not in message, message
+    from run_files import load_checkpoint
+
+    assert load_checkpoint(tmp_path / "runs" / "full" / "last.pt", "--resume", "aloha")["env_steps"] < 1600
 
 
 def test_full_disk_keeps_the_earlier_checkpoint(tmp_path):
