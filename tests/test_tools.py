@@ -152,6 +152,8 @@ def test_the_queue_lists_its_commands():
     ("run_ablations", ["--rows", "aloha_everything"], ["--rows has aloha_everything", "aloha_complete"]),
     ("check_monotonicity", ["--samples", "0"], ["--samples is 0"]),
     ("check_monotonicity", ["--runs", "magic"], ["--runs has magic"]),
+    ("fault_campaign", ["--only", "an earthquake"], ["--only is 'an earthquake'", "a full disk"]),
+    ("fault_campaign", ["--tries", "0"], ["--tries is 0"]),
     ("train_cloning", ["--updates", "0"], ["--updates is 0"]),
     ("train_sac", ["--tau", "2"], ["--tau is 2"]),
     ("plots", ["--latents", "nowhere", "--out", "."], ["--latents", "nowhere"]),
