@@ -279,6 +279,18 @@ def latent_pictures(out, folder):
         inside = {key: latents.group((latents.success == good) & chosen) for key, good in (("failed", False), ("successful", True))}
         if min(len(np.unique(group[1])) for group in inside.values()) >= 5:  # fewer episodes tell nothing
             rows += [(task, label, *row) for row in draw_groups(out, f"fig7_{task}_{kind}_only", inside, "successful", f"{task}: {label}")]
+    # where the trained actor has left N(0, I)
+    moved = {
+        "norm of a latent": lambda g: np.linalg.norm(g[0], axis=1).mean(),
+        "norm of the mean latent": lambda g: np.linalg.norm(g[0].mean(0)),
+        "largest component of the mean latent": lambda g: np.abs(g[0].mean(0)).max(),
+        "variance of a dimension": lambda g: g[0].var(0).mean(),
+    }
+    for key, chosen in (("first decisions", opening), ("later decisions", ~opening)):
+        group = latents.group((latents.step == end) & chosen)
+        for measure, statistic in moved.items():
+            found = bootstrap(statistic, group, np.random.default_rng(0))
+            rows.append((task, "the trained actor alone", key, measure, *found, len(np.unique(group[1])), len(group[0])))
     return rows
 
 

@@ -94,8 +94,7 @@ def write_table(folder, runs, seeds, strict):
         lines = ["|".join(cell for i, cell in enumerate(line.split("|")) if i != 6) for line in lines]
     final = np.array([run[max((k for k in run if k[0] == "tuned"), key=lambda k: k[1])]["success"].mean() for run in seeds.values()])
     if len(final) > 1:
-        half = stats.t.ppf(0.975, len(final) - 1) * final.std(ddof=1) / np.sqrt(len(final))
-        lines += ["", f"Mean of the last evaluation over {len(final)} seeds: **{100 * final.mean():.1f} % ± {100 * half:.1f}** (95 % t interval over seeds)."]
+        lines += ["", f"Mean of the last evaluation over {len(final)} seeds: **{over_seeds(final)}** (95 % t interval over seeds)."]
     publish(folder / "table.md", lines)
 
 
