@@ -126,6 +126,22 @@ def test_pictures_of_a_finished_run(tmp_path):
     assert "Mahalanobis distance" in table and "silhouette" in table and "nan" not in table.replace(",nan,nan,", "")
 
 
+def test_autocorrelation_of_a_known_process():
+    """x_t = 0.6 x_(t-1) + noise has correlation 0.6^lag, whatever mean every decision number has; episodes end at different times."""
+    from plots import LAGS, autocorrelation
+
+    rng = np.random.default_rng(0)
+    n, T, D = 400, 12, 5
+    x = np.zeros((n, T, D))
+    x[:, 0] = rng.standard_normal((n, D))
+    for t in range(1, T):
+        x[:, t] = 0.6 * x[:, t - 1] + 0.8 * rng.standard_normal((n, D))
+    episode, chunk = np.indices((n, T))
+    kept = chunk < rng.integers(6, T + 1, size=(n, 1))
+    found = autocorrelation(((x + 3 * rng.standard_normal((T, D)))[kept], 7 * episode[kept], chunk[kept]))
+    assert np.allclose(found, 0.6**LAGS, atol=0.05)
+
+
 def test_tables_of_the_ablations(tmp_path):
     """Mean and t interval over seeds at every evaluation; a run that stopped early counts with its last evaluation."""
     from results import write_ablations
@@ -157,6 +173,8 @@ def test_the_queue_lists_its_commands():
     ("train_cloning", ["--updates", "0"], ["--updates is 0"]),
     ("train_sac", ["--tau", "2"], ["--tau is 2"]),
     ("plots", ["--latents", "nowhere", "--out", "."], ["--latents", "nowhere"]),
+    ("plots", ["--exploration", "nowhere", "--out", "."], ["--exploration", "nowhere"]),
+    ("plots", ["--exploration", str(ROOT / "results" / "aloha" / "seed1"), "--out", "."], ["has no perturbations", "--explore-steps"]),
     ("plots", ["--strip", "nowhere", "--out", "."], ["--strip is nowhere"]),
     ("demo_aloha", ["--num-demos", "0"], ["--num-demos is 0"]),
     ("demo_aloha", ["--top-down-share", "1.5"], ["--top-down-share is 1.5"]),

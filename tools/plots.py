@@ -1,13 +1,15 @@
-"""The paper's figures from finished runs, no training: PNG and SVG, and a table of latent statistics.
+"""The paper's figures from finished runs, no training: PNG and SVG, and tables of latent statistics.
 
-    python tools/plots.py                                                      # Fig. 3, 4b, 5, 7 from the files in results/
+    python tools/plots.py                                                      # Fig. 3, 4b, 5, 7 and exploration from the files in results/
     python tools/plots.py --strip runs/aloha_seed1 runs/butter_seed1           # Fig. 4a, 6: plays episodes of a run folder's checkpoints (needs EGL)
     python tools/plots.py --latents runs/<name> --out pictures                 # Fig. 5 and 7 of another run
+    python tools/plots.py --exploration runs/<name> --out pictures             # of a run with --explore-steps: are its perturbations correlated in time?
 
 Curves need metrics.csv and eval.csv, latents need latents.npz, strips need the checkpoints of a run folder.
 """
 
 import csv
+import io
 import json
 import os
 import sys
@@ -36,6 +38,7 @@ from run_files import load_checkpoint, stop, write_atomically
 BLUE, RED, GREEN, GREY = "#332288", "#cc6677", "#117733", "0.4"  # Paul Tol's muted scheme, safe for colour-blind readers
 POINTS = 400  # of a group in a t-SNE
 RESAMPLES = 1000
+LAGS = np.arange(6)  # decisions
 
 # curves: file name, folders of the seeds, title, the paper's base and tuned success (%) or None
 CURVES = (
@@ -49,6 +52,8 @@ CURVES = (
 class Args:
     latents: tuple[Path, ...] = (ROOT / "results/aloha/seed1", ROOT / "results/libero/butter_seed1")
     """folders with latents.npz"""
+    exploration: tuple[Path, ...] = tuple(sorted((ROOT / "results" / "ablations").glob("*k4*_seed*")))
+    """folders with latents.npz of runs with --explore-steps > 0"""
     strip: tuple[Path, ...] = ()
     """run folders whose checkpoints are played and photographed"""
     out: Path = ROOT / "results" / "figures"
@@ -136,12 +141,24 @@ class Latents:
     def __init__(self, path):
         with np.load(path) as file:
             self.x, self.step, self.chunk, self.success = file["x0"], file["env_steps"], file["chunk"], file["success"]
+            self.shift = file["xK"] - file["x0"]
             self.episode = file["episode"] + 1000 * file["task_id"] if "task_id" in file else file["episode"]
         self.steps = np.unique(self.step)
 
     def group(self, which):
         """Latents, episode and chunk numbers of the rows that a mask chooses. Episodes of two evaluations count as two."""
         return self.x[which], (self.episode + 10**6 * np.searchsorted(self.steps, self.step))[which], self.chunk[which]
+
+
+def read_latents(folder, flag):
+    """The latents of a run folder, or one sentence about what is wrong with it."""
+    try:
+        latents = Latents(folder / "latents.npz")
+    except (OSError, KeyError, ValueError) as error:
+        stop(f"{flag}: {folder / 'latents.npz'} cannot be read ({error}); give folders of finished runs")
+    if len(latents.steps) < 2:
+        stop(f"{flag}: {folder} has one evaluation only; let the run end")
+    return latents
 
 
 def dispersion(x):
@@ -155,9 +172,10 @@ def bootstrap(statistic, group, rng):
     rows = [np.flatnonzero(episode == e) for e in np.unique(episode)]
     values = []
     for _ in range(RESAMPLES):
-        i = np.concatenate([rows[j] for j in rng.integers(len(rows), size=len(rows))])
-        values.append(statistic((x[i], episode[i], chunk[i])))
-    return statistic(group), *np.nanquantile(values, [0.025, 0.975])
+        drawn = [rows[j] for j in rng.integers(len(rows), size=len(rows))]
+        i = np.concatenate(drawn)
+        values.append(statistic((x[i], np.repeat(np.arange(len(drawn)), [len(d) for d in drawn]), chunk[i])))  # an episode drawn twice is two episodes
+    return statistic(group), *np.nanquantile(values, [0.025, 0.975], axis=0)
 
 
 def draw_evolution(out, name, latents):
@@ -255,12 +273,7 @@ def draw_groups(out, name, groups, success, title):
 
 def latent_pictures(out, folder):
     """Fig. 5 and 7 of one run. -> rows of the table of statistics."""
-    try:
-        latents = Latents(folder / "latents.npz")
-    except (OSError, KeyError, ValueError) as error:
-        stop(f"--latents: {folder / 'latents.npz'} cannot be read ({error}); give folders of finished runs")
-    if len(latents.steps) < 2:
-        stop(f"--latents: {folder} has one evaluation only; let the run end")
+    latents = read_latents(folder, "--latents")
     task = json.loads((folder / "args.json").read_text())["args"].get("suite", "aloha")
     draw_evolution(out, task, latents)
     first, end = latents.steps[0], latents.steps[-1]
@@ -291,6 +304,52 @@ def latent_pictures(out, folder):
         for measure, statistic in moved.items():
             found = bootstrap(statistic, group, np.random.default_rng(0))
             rows.append((task, "the trained actor alone", key, measure, *found, len(np.unique(group[1])), len(group[0])))
+    return rows
+
+
+# ---- Eq. 7 ----
+
+
+def autocorrelation(group):
+    """Correlation of the vectors of decisions t and t + lag of one episode, (len(LAGS),). group: (vectors, episode, chunk) as of Latents.group.
+
+    The mean of every decision number over the episodes is taken off first: what remains is what one episode has and another has not.
+    """
+    x, episode, chunk = group
+    place = np.unique(episode, return_inverse=True)[1], chunk
+    table = np.full((place[0].max() + 1, chunk.max() + 1, x.shape[1]), np.nan)  # episodes, decisions, D
+    table[place] = x
+    known = np.isfinite(table[..., 0])
+    table -= np.nansum(table, 0) / np.maximum(known.sum(0), 1)[:, None]
+    n = table.shape[1]
+    products = [(table[:, : n - lag] * table[:, lag:]).sum(-1) for lag in LAGS]
+    return np.array([np.nanmean(p) if p.size and np.isfinite(p).any() else np.nan for p in products]) / np.nanmean(products[0])
+
+
+def draw_exploration(out, folder):
+    """Are the perturbations x^(K) - x^(0) of Eq. 7 correlated over the decisions of an episode, as Sec. III-C says? -> rows of a table."""
+    latents = read_latents(folder, "--exploration")
+    if not latents.shift.any():
+        stop(f"--exploration: {folder} has no perturbations; give a run with --explore-steps above 0")
+    figure, panels = plt.subplots(1, 2, figsize=(8, 3.1), sharey=True)
+    rows = []
+    for panel, step in zip(panels, latents.steps[[0, -1]]):
+        x, episode, chunk = latents.group(latents.step == step)
+        shift = latents.shift[latents.step == step]
+        for label, vectors, color in (("x$^{(0)}$", x, GREY), ("x$^{(K)}$ - x$^{(0)}$", shift, BLUE), ("x$^{(K)}$", x + shift, RED)):
+            if not vectors.any():  # the untrained actor on the midpoint grid moves nothing
+                continue
+            found = np.array(bootstrap(autocorrelation, (vectors, episode, chunk), np.random.default_rng(0)))
+            panel.errorbar(LAGS + 0.06 * len(panel.lines) / 3, found[0], np.abs(found[1:] - found[0]), color=color, marker="o", ms=3, lw=1.2, label=label)
+            size = np.linalg.norm(vectors, axis=1).mean()
+            rows += [(folder.name, step, label.translate(str.maketrans("", "", "${}^")), int(lag), size, *value, len(np.unique(episode))) for lag, value in zip(LAGS[1:], found.T[1:])]
+        panel.axhline(0, color="0.6", lw=0.8)
+        panel.set(xlabel="lag (decisions)", title=f"{step / 1e6:.2f} M steps, {len(np.unique(episode))} episodes")
+        panel.title.set_fontsize(9)
+    panels[0].set(ylabel="correlation", ylim=(-0.3, 1.05))
+    panels[1].legend(fontsize=7, frameon=False)
+    figure.suptitle(f"{folder.name.replace('_', ' ')}: is Eq. 7 correlated in time? Bars: 95 % bootstrap over episodes", fontsize=9)
+    save(figure, out, f"exploration_{folder.name}")
     return rows
 
 
@@ -367,6 +426,13 @@ def draw_strip(out, folder, columns=6):
     save(figure, out, f"fig{'4a' if aloha else '6'}_{task}")
 
 
+def write_rows(path, columns, rows):
+    """A CSV table with four digits a number."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([columns, *([f"{v:.4g}" if isinstance(v, float) else v for v in row] for row in rows)])
+    write_atomically(path, text.getvalue().encode())
+
+
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
     args.out.mkdir(parents=True, exist_ok=True)
@@ -374,15 +440,15 @@ if __name__ == "__main__":
         for folder in args.strip:
             draw_strip(args.out, folder)
         raise SystemExit
-    if args.latents == Args.latents:
+    everything = (args.latents, args.exploration) == (Args.latents, Args.exploration)
+    if everything:
         for name, pattern, title, paper in CURVES:
             folders = sorted(path.parent for path in (ROOT / "results").glob(f"{pattern}/metrics.csv"))
             if folders:
                 draw_curves(args.out, name, folders, title, paper)
-    rows = []
-    for folder in args.latents:
-        if args.latents != Args.latents or (folder / "latents.npz").exists():
-            rows += latent_pictures(args.out, folder)
-    lines = ["task,groups,group,measure,value,low,high,episodes,latents"]
-    lines += [",".join(f"{v:.4g}" if isinstance(v, float) else f'"{v}"' if isinstance(v, str) and "," in v else str(v) for v in row) for row in rows]
-    write_atomically(args.out / "latents.csv", ("\n".join(lines) + "\n").encode())
+    if everything or args.latents != Args.latents:
+        rows = [row for folder in args.latents for row in latent_pictures(args.out, folder)]
+        write_rows(args.out / "latents.csv", "task groups group measure value low high episodes latents".split(), rows)
+    if args.exploration and (everything or args.exploration != Args.exploration):
+        rows = [row for folder in args.exploration for row in draw_exploration(args.out, folder)]
+        write_rows(args.out / "exploration.csv", "run env_steps vector lag mean_length correlation low high episodes".split(), rows)
