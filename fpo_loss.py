@@ -58,11 +58,14 @@ def fpo_loss(
     advantage_limit=0.0,
     velocity_anchor=0.0,
     departure=None,
+    advantage_floor=0.0,
 ):
     """Eq. 4 with Eq. 2 and Eq. 3, plus the stabilisers of D4. Inputs (B,), returns the scalar loss and a dict of logs.
 
     cfm: ℓ_cfm(x^(K) | s; θ), with gradient. cfm_init: the same draws under the actor that collected the sample.
     adv: advantages; standardised here, over the minibatch.
+    advantage_floor: their standard deviation counts as at least this. Where nearly every episode succeeds, advantages are the
+        critics' noise; standardising would blow it up to the size of a signal, and the actor would drift away for ever.
     self_anchor κ: + κ (β/σ) mean ℓ_cfm(x^(0) | s; θ), `cfm_anchor` where x^(0) differs from the executed x^(K) (D6).
         On-policy its expected gradient is zero where the actor fits its own samples, so it does not bias the policy
         gradient, but it supplies the curvature that Eq. 3 throws away: z does not change under Δ → aΔ + b, hence the
@@ -75,7 +78,7 @@ def fpo_loss(
         their standardised advantages therefore large.
     loss_cap: no push on a sample with A < 0 whose loss already exceeds the cached one by this much.
     """
-    adv = (adv - adv.mean()) / (adv.std(correction=0) + 1e-8)
+    adv = (adv - adv.mean()) / (adv.std(correction=0) + 1e-8).clamp_min(advantage_floor)
     if advantage_limit > 0:
         adv = adv.clamp_min(-advantage_limit)
     delta = cfm_init - cfm  # Eq. 2: positive where the actor now fits the sample better

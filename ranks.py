@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-CPUS = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # of this rank
+CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))  # that this process may use
+CPUS = max(1, len(CORES) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # of this rank
 RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # by torchrun --max-restarts
 
 

@@ -44,7 +44,7 @@ def check_args(args):
         require(getattr(args, name) > 0, name, "it must be at least 1")
     for name in ("num_envs", "latent_dim", "chunk_steps"):
         require(getattr(args, name) is None or getattr(args, name) > 0, name, "it must be at least 1, or be left out")
-    for name in ("seed", "critic_warmup", "explore_steps", "self_anchor", "prior_anchor", "drift_limit", "loss_cap", "advantage_limit", "velocity_anchor", "explore_eta"):
+    for name in ("seed", "critic_warmup", "explore_steps", "self_anchor", "prior_anchor", "drift_limit", "loss_cap", "advantage_limit", "advantage_floor", "velocity_anchor", "explore_eta"):
         require(getattr(args, name) >= 0, name, "it must not be negative")
     for name in ("actor_lr", "critic_lr", "beta", "worker_timeout"):
         require(getattr(args, name) > 0, name, "it must be positive")

@@ -124,6 +124,8 @@ class Args:
     """no push on A < 0 where ℓ exceeds the cached one by this; 0 is off (D4)"""
     advantage_limit: float = 0.0
     """standardised advantages below minus this count as minus this; 0 is off (D4)"""
+    advantage_floor: float = 0.0
+    """least standard deviation by which Â is divided, in units of the return; 0 is off (D4)"""
     latent_dim: int | None = None
     """D, components of the base's noise that the actor steers, the first ones; all if left out (D12)"""
     shuffle_advantages: bool = False
@@ -169,7 +171,7 @@ if __name__ == "__main__":
     if args.literal:
         args.sigma_floor, args.value_latents = 1e-8, "stored"
         args.self_anchor = args.prior_anchor = args.drift_limit = args.loss_cap = 0.0
-        args.velocity_anchor = args.advantage_limit = 0.0
+        args.velocity_anchor = args.advantage_limit = args.advantage_floor = 0.0
     if args.base == "pi0" and args.checkpoint and not args.checkpoint.endswith(".pt"):
         args.weights, args.checkpoint = args.checkpoint, None
     if args.task_ids is None:
@@ -467,7 +469,7 @@ if __name__ == "__main__":
                     loss_actor, info = fpo_loss(  # lines 23-27: Eq. 2, 3, 4
                         cfm, cfm_init[i], adv[i], args.beta, args.clip_eps, sigma_floor, args.ratio, age[i], not args.no_clip,
                         args.self_anchor, cfm_anchor, args.prior_anchor, cfm_prior, args.loss_cap, args.advantage_limit,
-                        args.velocity_anchor, departure,
+                        args.velocity_anchor, departure, args.advantage_floor,
                     )  # fmt: skip
                     infos.append(dict(info, actor=loss_actor.detach()))
                     drift = max(info["delta_mean"].abs().item(), info["delta_std"].item())

@@ -108,6 +108,18 @@ def test_advantage_limit_leaves_no_negative_weight():
     torch.testing.assert_close(weight(1.0)[5:], weight(0.0)[5:])
 
 
+def test_advantage_floor_keeps_small_advantages_small():
+    """D4: the weight of a sample is Â/max(σ_A, floor): what stays under the floor keeps its size, what lies above is standardised as before."""
+    cfm_init = torch.rand(100)
+    cfm = cfm_init.clone().requires_grad_()
+    adv = torch.randn(100)
+    adv = (adv - adv.mean()) / adv.std(correction=0)
+    weight = lambda adv, **flags: torch.autograd.grad(fpo_loss(cfm, cfm_init, adv, 0.2, 0.2, 1.0, **flags)[0], cfm)[0]
+    torch.testing.assert_close(weight(0.02 * adv, advantage_floor=0.1), 0.2 * 0.2 / 100 * adv)  # 0.02/0.1 of β/(σ n) Â
+    torch.testing.assert_close(weight(0.3 * adv, advantage_floor=0.1), weight(0.3 * adv))
+    assert weight(torch.full((100,), 0.5), advantage_floor=0.1).abs().max() < 1e-6  # nothing to tell the samples apart: no step
+
+
 def test_self_anchor_has_no_gradient_where_the_actor_fits_its_own_samples():
     """D4: at the initial actor, x ~ N(0, I) is on-policy, and the expected gradient of ℓ vanishes."""
     actor = FlowActor(2, 3, hidden=16)

@@ -6,14 +6,18 @@
 
 A run that has ended is one block of lines in results/ablations/runs.csv, a line an evaluation, and is not run again. One that was interrupted
 (Ctrl-C, power) goes on from its last iteration at the next call; train_sac.py and train_cloning.py start anew. Run folders are in runs/ablations/.
+Two runs go side by side, each on its half of the cores: on two cores that is faster than one run after the other on both.
 """
 
 import csv
 import io
+import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 import tyro
 from tqdm import tqdm
 
+from ranks import CORES
 from run_files import stop, write_atomically
 
 ALOHA = "train_aloha.py --total-env-steps 800000 --eval-every 200000 --eval-episodes 100"
@@ -74,6 +79,8 @@ class Args:
     """rows to run"""
     seeds: int | None = None
     """only the first seeds of every row, so many; all of them if left out"""
+    at_once: int = min(2, len(CORES))
+    """runs side by side"""
     out: Path = ROOT / "results" / "ablations" / "runs.csv"
     """where the results go"""
     list: bool = False
@@ -113,13 +120,8 @@ def run(row, seed):
     else:
         shutil.rmtree(folder, ignore_errors=True)  # of this queue, and without a checkpoint to go on from
         command += ["--seed", str(seed), "--run-name", name]
-    child = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        text, _ = child.communicate()
-    except KeyboardInterrupt:  # the child has had it too: it saves and ends
-        child.wait()
-        raise
-    return child.returncode, text
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return done.returncode, done.stdout
 
 
 if __name__ == "__main__":
@@ -129,6 +131,8 @@ if __name__ == "__main__":
             stop(f"--rows has {row}, which is none of {', '.join(ROWS)}")
     if args.seeds is not None and args.seeds < 1:
         stop(f"--seeds is {args.seeds}; give at least 1, or leave it out")
+    if not 1 <= args.at_once <= len(CORES):
+        stop(f"--at-once is {args.at_once}; give a number from 1 to {len(CORES)}, the cores of this machine")
     queue = [(row, seed) for seed in range(1, 6) for row in args.rows if seed <= min(ROWS[row][0], args.seeds or 5)]
     lines, done = finished(args.out)
     if args.list:
@@ -136,27 +140,52 @@ if __name__ == "__main__":
             print(f"{'done' if (row, seed) in done else '':5}{row} seed {seed}: python {ROWS[row][1]} --seed {seed}")
         raise SystemExit
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    failed = 0
-    try:
-        for row, seed in tqdm([job for job in queue if job not in done], unit="run"):
+    jobs, failed, lock = deque(job for job in queue if job not in done), [], threading.Lock()
+    bar = tqdm(total=len(jobs), unit="run")
+
+    def record(row, seed, code, text, minutes):
+        """What a run has brought goes into runs.csv at once; what a failed one said goes to the terminal."""
+        diverged = "a loss became NaN or infinite" in text
+        if code and not diverged:
+            failed.append((row, seed))
+            return tqdm.write(f"{row} seed {seed} ended with code {code}:\n{text[-1500:]}", file=sys.stderr)
+        known = dict(row=row, seed=seed, status="loss not finite" if diverged else "", minutes=f"{minutes:.1f}", command=f"{ROWS[row][1]} --seed {seed}")
+        lines.extend(known | evaluation for evaluation in evaluations(ROOT / "runs" / "ablations" / f"{row}_seed{seed}"))
+        table = io.StringIO(newline="")
+        writer = csv.DictWriter(table, COLUMNS, restval="")
+        writer.writeheader()
+        writer.writerows(lines)
+        write_atomically(args.out, table.getvalue().encode())
+        tqdm.write(f"{row} seed {seed}: {lines[-1]['successes']} of {lines[-1]['episodes']} after {lines[-1]['env_steps']} steps, {minutes:.1f} min")
+
+    def lane(cores):
+        """Take jobs until none is left, on these cores."""
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, cores)  # 0 is this thread; the runs that it starts inherit its cores
+        while True:
+            with lock:
+                if not jobs:
+                    return
+                row, seed = jobs.popleft()
             start = time.perf_counter()
             code, text = run(row, seed)
-            minutes = (time.perf_counter() - start) / 60  # of the last sitting, if it was interrupted
-            diverged = "a loss became NaN or infinite" in text
-            if code and not diverged:
-                failed += 1
-                tqdm.write(f"{row} seed {seed} ended with code {code}:\n{text[-1500:]}", file=sys.stderr)
-                continue
-            known = dict(row=row, seed=seed, status="loss not finite" if diverged else "", minutes=f"{minutes:.1f}", command=f"{ROWS[row][1]} --seed {seed}")
-            lines += [known | evaluation for evaluation in evaluations(ROOT / "runs" / "ablations" / f"{row}_seed{seed}")]
-            table = io.StringIO(newline="")
-            writer = csv.DictWriter(table, COLUMNS, restval="")
-            writer.writeheader()
-            writer.writerows(lines)
-            write_atomically(args.out, table.getvalue().encode())
-            tqdm.write(f"{row} seed {seed}: {lines[-1]['successes']} of {lines[-1]['episodes']} after {lines[-1]['env_steps']} steps, {minutes:.1f} min")
-    except KeyboardInterrupt:
+            if code == 130:  # Ctrl-C: it has saved, and goes on at the next call
+                return
+            with lock:
+                record(row, seed, code, text, (time.perf_counter() - start) / 60)  # of the last sitting, if it was interrupted
+                bar.update()
+
+    lanes = [threading.Thread(target=lane, args=(CORES[k :: args.at_once],)) for k in range(args.at_once)]
+    try:
+        for thread in lanes:
+            thread.start()
+        for thread in lanes:
+            thread.join()
+    except KeyboardInterrupt:  # the runs have had it too: they save and end
+        jobs.clear()
+        for thread in lanes:
+            thread.join()
         print("\nstopped. To go on: python tools/run_ablations.py", file=sys.stderr)
         raise SystemExit(130) from None
     if failed:
-        stop(f"{failed} runs failed; their last lines are above, and the next call tries them again", code=1)
+        stop(f"{len(failed)} runs failed; their last lines are above, and the next call tries them again", code=1)
