@@ -98,10 +98,10 @@ class Simulator:
         mujoco.mj_resetData(model, data)
         data.qpos[:16] = data.ctrl[:] = START_ARM_POSE
         data.qpos[16:] = box_pose
-        enabled = model.opt.disableflags
+        flags = model.opt.disableflags
         model.opt.disableflags |= int(mujoco.mjtDisableBit.mjDSBL_ACTUATION)
         mujoco.mj_forward(model, data)
-        model.opt.disableflags = enabled
+        model.opt.disableflags = flags
         return get_state(self.model, self.data), observe(data.qpos)
 
     def run(self, state, actions, stop_at_success=False, record=False):
@@ -201,7 +201,7 @@ def _run(simulator, state, actions, stop_at_success, record, sizes):
 
 
 class Workers:
-    """Simulator processes (worker_pool.py): a job that cannot be done comes back as a diverged chunk.
+    """Simulator processes (worker_pool.py): a chunk that cannot be executed comes back as a diverged one.
 
     With `pictures`, {camera: (height, width)}, observations are what `Simulator.look` sees at the end of a chunk, an object array
     of dicts, instead of state vectors. There None stands for an episode that is over or was lost.
@@ -304,7 +304,6 @@ class TrainingEnvs:
         n = len(self.indices)
         self.states, self.observations = workers.reset(np.concatenate([sample_box_poses(r, 1) for r in self.rngs]))
         self.steps = np.zeros(n, dtype=np.int64)  # control steps of the running episode
-        self.decisions = np.zeros(n, dtype=np.int64)  # chunks of the running episode
         self.episodes = np.zeros(n, dtype=np.int64)  # episodes ended so far
 
     def step(self, actions):
@@ -320,7 +319,6 @@ class TrainingEnvs:
         success = np.array([bool((c.rewards == 4).any()) for c in chunks])
         diverged = np.array([c.diverged for c in chunks])
         self.steps += num_steps
-        self.decisions += 1
         terminated = success | diverged
         truncated = ~terminated & (self.steps >= HORIZON)
         result = dict(
@@ -337,20 +335,20 @@ class TrainingEnvs:
         if len(ended):
             poses = np.concatenate([sample_box_poses(self.rngs[i], 1) for i in ended])
             self.states[ended], self.observations[ended] = self.workers.reset(poses)
-            self.steps[ended] = self.decisions[ended] = 0
+            self.steps[ended] = 0
             self.episodes[ended] += 1
         return result
 
     def state_dict(self):
         """Everything that decides how the environments go on, as plain values and arrays. Pictures are not kept: states tell them."""
         return dict(
-            states=self.states, observations=None if self.workers.pictures else self.observations, steps=self.steps, decisions=self.decisions,
+            states=self.states, observations=None if self.workers.pictures else self.observations, steps=self.steps,
             episodes=self.episodes, rngs=[rng.bit_generator.state for rng in self.rngs],
         )  # fmt: skip
 
     def load_state_dict(self, state):
         """Go on where `state_dict` was taken, of all environments from 0 on."""
-        for name in ("states", "steps", "decisions", "episodes"):
+        for name in ("states", "steps", "episodes"):
             setattr(self, name, np.array(state[name])[self.indices])
         pictures = self.workers.pictures
         self.observations = self.workers.look(self.states) if pictures else np.array(state["observations"])[self.indices]

@@ -424,7 +424,7 @@ def _render(simulators, task_id, frames, camera, height, width):
 
 
 class Workers:
-    """Simulator processes (worker_pool.py): a job that cannot be done comes back as a diverged chunk.
+    """Simulator processes (worker_pool.py): a chunk that cannot be executed comes back as a diverged one.
 
     With `pictures`, {camera: (height, width)}, observations are what `Simulator.look` sees at the end of a chunk, an object array
     of dicts, instead of state vectors. There None stands for an episode that is over or was lost.
@@ -526,7 +526,6 @@ class TrainingEnvs:
         n = len(self.indices)
         self.states, self.observations = workers.reset(self.task_ids, [self._start(i) for i in range(n)])
         self.steps = np.zeros(n, dtype=np.int64)  # control steps of the running episode
-        self.decisions = np.zeros(n, dtype=np.int64)  # chunks of the running episode
         self.episodes = np.zeros(n, dtype=np.int64)  # episodes ended so far
 
     def _start(self, i):
@@ -545,7 +544,6 @@ class TrainingEnvs:
         success = np.array([bool(c.success.any()) for c in chunks])
         diverged = np.array([c.diverged for c in chunks])
         self.steps += num_steps
-        self.decisions += 1
         terminated = success | diverged
         truncated = ~terminated & (self.steps >= self.limit)
         result = dict(
@@ -563,7 +561,7 @@ class TrainingEnvs:
             states, self.observations[ended] = self.workers.reset(self.task_ids[ended], [self._start(i) for i in ended])
             for i, state in zip(ended, states):
                 self.states[i] = state
-            self.steps[ended] = self.decisions[ended] = 0
+            self.steps[ended] = 0
             self.episodes[ended] += 1
         return result
 
@@ -572,12 +570,12 @@ class TrainingEnvs:
         return dict(
             states=np.concatenate(self.states), sizes=np.array([len(s) for s in self.states]),
             observations=None if self.workers.pictures else self.observations,
-            steps=self.steps, decisions=self.decisions, episodes=self.episodes, rngs=[rng.bit_generator.state for rng in self.rngs],
+            steps=self.steps, episodes=self.episodes, rngs=[rng.bit_generator.state for rng in self.rngs],
         )  # fmt: skip
 
     def load_state_dict(self, state):
         """Go on where `state_dict` was taken, of all environments from 0 on."""
-        for name in ("steps", "decisions", "episodes"):
+        for name in ("steps", "episodes"):
             setattr(self, name, np.array(state[name])[self.indices])
         states = np.split(np.array(state["states"]), np.cumsum(state["sizes"])[:-1])
         self.states = [states[i] for i in self.indices]

@@ -10,6 +10,7 @@ and the per-sample conditional flow-matching (CFM) loss ℓ_cfm(x | s; θ) behin
     print(actor.cfm_loss(x, s, u, eps).shape)                  # (8,)
 
 Flow time u runs from noise (0) to data (1): x_u = (1 - u) ε + u x, with target velocity x - ε.
+D1 … D14: README, "What the paper leaves open".
 """
 
 import math
@@ -48,6 +49,7 @@ class FlowActor(nn.Module):
     def __init__(self, state_dim, latent_dim, hidden=256, blocks=2):
         super().__init__()
         self.state_dim, self.latent_dim = state_dim, latent_dim
+        # u enters as sines and cosines with periods of 2, 1, … 1/16
         self.register_buffer("frequency", math.pi * 2.0 ** torch.arange(6), persistent=False)
         self.inp = nn.Linear(latent_dim + state_dim + 2 * len(self.frequency), hidden)
         self.blocks = nn.ModuleList(
@@ -72,7 +74,9 @@ class FlowActor(nn.Module):
 
     @torch.no_grad()
     def sample(self, s, flow_steps, generator=None, noise=None):
-        """Sample latent chunks x ~ π_θ(· | s). s: (B, S) -> x: (B, D). Algorithm 1, lines 7 and 18. noise: (B, D) from N(0, I), drawn here if left out.
+        """Sample latent chunks x ~ π_θ(· | s). s: (B, S) -> x: (B, D). Algorithm 1, lines 7 and 18.
+
+        noise: (B, D) from N(0, I), drawn here if left out.
 
         D7: the linear part c(u) x is integrated in closed form, x ← g(u') / g(u) x with g(u) = √((1-u)² + u²), the
         net by Euler steps. With net = 0 the product telescopes to g(1) / g(0) = 1: exactly the noise we started from.

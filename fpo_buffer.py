@@ -1,7 +1,8 @@
 """The sliding-window trajectory buffer of FPO (Algorithm 1, lines 10-11; Sec. III-B d).
 
 Keeps the last W iterations whole, because GAE needs trajectories and Eq. 2 needs, with every latent, the CFM loss it
-had under the actor that collected it, and the random draws of that loss (D3, D10). Needs torch only.
+had under the actor that collected it, and the random draws of that loss (D3, D10: README, "What the paper leaves open").
+Needs torch only.
 
     buffer = TrajectoryBuffer(window=2)
     for iteration in range(3):
@@ -38,7 +39,7 @@ class TrajectoryBuffer:
 
     def age(self):
         """How many iterations ago each sample was collected, 0 for the newest. -> (n,), in the order of `flat`."""
-        sizes = [iteration["r"].numel() for iteration in self.iterations]
+        sizes = [next(iter(iteration.values())).shape[:2].numel() for iteration in self.iterations]  # T E
         ages = torch.arange(len(sizes) - 1, -1, -1)
         return ages.repeat_interleave(torch.tensor(sizes))
 

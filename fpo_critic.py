@@ -12,6 +12,7 @@ the conservative value baseline V(s) and generalized advantage estimation (GAE).
 
 One transition is one decision: a latent chunk that ran h' environment steps. Its reward is Σ_{j<h'} γ^j r_{t+j}, its
 bootstrap factor `discount` = γ^h' (D8). A success terminates; a time limit only truncates (D9).
+D1 … D14: README, "What the paper leaves open".
 """
 
 import torch

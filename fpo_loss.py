@@ -1,7 +1,7 @@
 """The policy loss of FPO: a PPO-style clipped surrogate whose ratio comes from the change of the CFM loss.
 
 Implements: Eq. 2 (Δℓ), Eq. 3 (likelihood-free ratio), Eq. 4 (clipped surrogate) and the stabilisers that make it last
-(D4), each off at 0. Needs torch only.
+(D4), each off at 0. Needs torch only. D1 … D14: README, "What the paper leaves open".
 
     cfm_init = torch.rand(64)                                       # ℓ_cfm(x | s; θ_old), cached at rollout
     cfm = (cfm_init + 0.01 * torch.randn(64)).requires_grad_()      # ℓ_cfm(x | s; θ)
@@ -25,14 +25,16 @@ def ratio_from_cfm(delta, beta, sigma_floor, ratio="standardized", age=None):
         under the floor that of ρ = exp(½ Δ of the loss summed over the D dimensions).
     D10: `age` (B,), an integer for each sample's iteration: μ and σ are taken within samples of one age, or the age
         of a sample would decide its z.
-    ratio="raw": ρ = exp(Δ), unstandardised (McAllister et al., arXiv 2507.21053, with Δ a mean over dimensions).
+    ratio="raw": ρ = exp(Δ), unstandardised (McAllister et al., arXiv 2507.21053, with Δ a mean over dimensions). Its slope is 1, so
+        that σ_eff is given as β, and z as Δ.
     """
     if ratio == "raw":
         return torch.exp(delta), delta.detach(), torch.full_like(delta, beta)
     d = delta.detach()
+    age = torch.zeros_like(d) if age is None else age
     mu, sigma = torch.zeros_like(d), torch.zeros_like(d)
-    for a in age.unique() if age is not None else (None,):
-        member = age == a if age is not None else torch.ones_like(d, dtype=torch.bool)
+    for a in age.unique():
+        member = age == a
         mu[member] = d[member].mean()
         sigma[member] = d[member].std(correction=0)
     sigma = sigma.clamp_min(sigma_floor)
@@ -74,7 +76,7 @@ def fpo_loss(
     velocity_anchor κ_v: + κ_v (β/σ) mean |v_θ - v*|², given as `departure`: stay close to the base's prior, measured where
         the actor goes. Unlike κ_0 it does not ask for latents that have been found to fail.
     advantage_limit: standardised advantages below -limit count as -limit. With limit = κ no sample's total weight
-        β/σ (m ρ A + κ) is negative: nothing is un-fitted, which is what inflates the latents once failures are rare and
+        β/σ (m ρ A + κ) is negative at ρ = 1: nothing is un-fitted, which is what inflates the latents once failures are rare and
         their standardised advantages therefore large.
     loss_cap: no push on a sample with A < 0 whose loss already exceeds the cached one by this much.
     """
@@ -89,7 +91,7 @@ def fpo_loss(
         surrogate = torch.where((adv < 0) & (-delta.detach() > loss_cap), 0.0, surrogate)
     loss = -surrogate.mean()
     # β/σ is the factor that Eq. 3 puts before ∇ℓ: with it, κ counts in units of a standardised advantage.
-    slope = torch.ones_like(sigma) if ratio == "raw" else beta / sigma
+    slope = beta / sigma
     if self_anchor > 0:
         loss = loss + self_anchor * (slope * (cfm if cfm_anchor is None else cfm_anchor)).mean()
     if prior_anchor > 0:

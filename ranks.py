@@ -1,4 +1,4 @@
-"""What the ranks of one run tell each other under torchrun. With a single process every function gives back what it is given.
+"""What the ranks of one run tell each other under torchrun. With a single process nothing is sent and no number changes.
 
     torchrun --nproc-per-node 2 train_aloha.py --seed 1
 

@@ -4,6 +4,7 @@ videos, and one clear sentence for bad input. Nothing here belongs to the algori
     python -c "import run_files; print(run_files.wilson(130, 200))"
 """
 
+import contextlib
 import csv
 import hashlib
 import importlib.metadata
@@ -13,18 +14,25 @@ import json
 import math
 import os
 import platform
+import signal
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
 import torch
+import tyro
+
+
+def say(message):
+    """One line on stderr; under torchrun one process of a machine speaks."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(message, file=sys.stderr, flush=True)
 
 
 def stop(message, code=2):
     """End the program with one sentence on stderr. Code 2: bad input, nothing has been written."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # under torchrun one process of a machine speaks
-        print(f"error: {message}", file=sys.stderr, flush=True)
+    say(f"error: {message}")
     raise SystemExit(code)
 
 
@@ -40,11 +48,13 @@ def check_args(args):
         if isinstance(value, float) and not math.isfinite(value):
             stop(f"--{field.name.replace('_', '-')} is {value}; give a finite number")
     for name in ("total_env_steps", "num_workers", "rollout_decisions", "window", "critic_epochs", "actor_epochs",
-                 "minibatch_size", "flow_steps", "num_draws", "num_critics", "latent_modes", "eval_every", "eval_episodes"):  # fmt: skip
+                 "flow_steps", "num_draws", "num_critics", "latent_modes", "eval_every", "eval_episodes"):  # fmt: skip
         require(getattr(args, name) > 0, name, "it must be at least 1")
+    require(args.minibatch_size >= 2, "minibatch_size", "Eq. 3 needs at least 2 samples")
     for name in ("num_envs", "latent_dim", "chunk_steps"):
         require(getattr(args, name) is None or getattr(args, name) > 0, name, "it must be at least 1, or be left out")
-    for name in ("seed", "critic_warmup", "explore_steps", "self_anchor", "prior_anchor", "drift_limit", "loss_cap", "advantage_limit", "advantage_floor", "velocity_anchor", "explore_eta"):
+    for name in ("seed", "critic_warmup", "explore_steps", "explore_eta", "self_anchor", "prior_anchor", "velocity_anchor", "drift_limit",
+                 "loss_cap", "advantage_limit", "advantage_floor"):  # fmt: skip
         require(getattr(args, name) >= 0, name, "it must not be negative")
     for name in ("actor_lr", "critic_lr", "beta", "worker_timeout"):
         require(getattr(args, name) > 0, name, "it must be positive")
@@ -93,9 +103,14 @@ def write_atomically(path, data):
 
 def save_checkpoint(path, content):
     """Write a checkpoint: torch's own format followed by its SHA-256, so that damage is found when it is read. Arrays become tensors."""
-    tensors = lambda v: torch.as_tensor(v) if isinstance(v, np.ndarray) else {k: tensors(e) for k, e in v.items()} if isinstance(v, dict) else v
+
+    def with_tensors(value):
+        if isinstance(value, dict):
+            return {key: with_tensors(v) for key, v in value.items()}
+        return torch.as_tensor(value) if isinstance(value, np.ndarray) else value
+
     buffer = io.BytesIO()
-    torch.save(tensors(content), buffer)
+    torch.save(with_tensors(content), buffer)
     data = buffer.getvalue()
     write_atomically(path, data + hashlib.sha256(data).digest())
 
@@ -115,11 +130,11 @@ def load_checkpoint(path, flag, task):
     return content
 
 
-def new_run_folder(name):
-    """Create runs/<name>; stop if it is there already."""
+def new_run_folder(name, again=False):
+    """Create runs/<name>; stop if it is there already, unless a start that came to nothing made it (`again`)."""
     folder = Path("runs") / name
     try:
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=again)
     except FileExistsError:
         stop(f"--run-name is {name}, but runs/{name} exists already; choose another name, or continue it with --resume runs/{name}")
     return folder
@@ -141,24 +156,76 @@ def write_args(folder, args):
     write_atomically(folder / "args.json", text.encode())
 
 
-def resumed_args(args, free=("resume", "total_env_steps", "num_workers", "worker_timeout", "video", "track")):
-    """The flags of the run that --resume names. Other flags on the command line would change the run: stop there."""
-    folder = Path(args.resume)
+def resumed_args(cls, folder, argv=None, free=("resume", "total_env_steps", "num_workers", "worker_timeout", "video", "track")):
+    """The flags of the run in `folder`, of class `cls`, with what the command line (argv, or the program's own) changes of the `free` ones.
+    Other flags would change the run: stop there."""
+    path = Path(folder) / "args.json"
     try:
-        saved = json.loads((folder / "args.json").read_text())["args"]
+        saved = json.loads(path.read_text())["args"]
     except OSError:
-        stop(f"--resume is {args.resume}, where there is no run (no args.json); give a folder such as runs/<name>")
+        stop(f"--resume is {folder}, where there is no run (no args.json); give a folder such as runs/<name>")
     except (ValueError, KeyError):
-        stop(f"--resume: {folder / 'args.json'} is damaged; restore it, or start a new run")
-    defaults = type(args)()
-    for field in fields(args):
-        given = getattr(args, field.name) != getattr(defaults, field.name)
-        if given and field.name not in free:
+        stop(f"--resume: {path} is damaged; restore it, or start a new run")
+    of_run = cls(**dict({field.name: saved[field.name] for field in fields(cls) if field.name in saved}, resume=str(folder)))
+    args = tyro.cli(cls, default=of_run, args=argv)
+    for field in fields(cls):
+        if getattr(args, field.name) != getattr(of_run, field.name) and field.name not in free:
             stop(f"--resume takes --{field.name.replace('_', '-')} from the run itself; leave that flag out")
-        if field.name in saved and not (given and field.name in free):
-            setattr(args, field.name, saved[field.name])
     args.resume = str(folder)
     return args
+
+
+@contextlib.contextmanager
+def clean_end(script, folder):
+    """Ctrl-C, SIGTERM and a file that cannot be written end the program with one sentence that says how to go on. -> the signals so far, a list:
+    Python drops what a signal raises while something is being destroyed, so look there now and then."""
+    interrupts = []
+
+    def interrupt(number, _):
+        interrupts.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield interrupts
+    except KeyboardInterrupt:
+        saved_one = (folder / "last.pt").exists()
+        say(f"\nstopped. To go on: python {script} --resume {folder}" if saved_one else "\nstopped before the first checkpoint")
+        raise SystemExit(130) from None
+    except OSError as error:  # a full disk, say; files are written whole or not at all
+        stop(f"{error.filename or folder} cannot be written ({error.strerror}); make room, then go on with python {script} --resume {folder}", code=1)
+
+
+class RunLogs:
+    """What a run writes as it goes: metrics.csv and the same scalars for TensorBoard (and Weights & Biases), eval.csv, latents.npz.
+
+    metrics, episodes: columns of the two CSV files. saved: on resume, the checkpoint; what was written after it is dropped.
+    """
+
+    def __init__(self, folder, args, metrics, episodes, saved=None):
+        from torch.utils.tensorboard import SummaryWriter
+
+        kept = saved or dict(metric_rows=None, episode_rows=None, env_steps=None)
+        self.metrics = CsvLog(folder / "metrics.csv", metrics, kept["metric_rows"])
+        self.episodes = CsvLog(folder / "eval.csv", episodes, kept["episode_rows"])
+        self.latents = LatentLog(folder / "latents.npz", kept["env_steps"])
+        self.scalars = SummaryWriter(folder, purge_step=saved["env_steps"] + 1 if saved else None)
+        self.track = None
+        if args.track:
+            import wandb
+
+            self.track = wandb.init(project="fpo", name=folder.name, id=folder.name, resume="allow", dir=folder, config=asdict(args))
+
+    def write(self, row, env_steps):
+        """A row of metrics, after env_steps control steps; "" is an empty cell."""
+        self.metrics.write(row)
+        known = {key: value for key, value in row.items() if value != ""}
+        for key, value in known.items():
+            if key != "iteration":
+                self.scalars.add_scalar(key, value, env_steps)
+        if self.track:
+            self.track.log(known, step=env_steps)
 
 
 class CsvLog:
@@ -173,7 +240,7 @@ class CsvLog:
             self.rows = keep
         else:
             self.rows = 0
-        self.file = open(path, "a", newline="")
+        self.file = open(path, "w" if keep is None else "a", newline="")
         self.writer = csv.DictWriter(self.file, columns, restval="")
         if keep is None:
             self.writer.writeheader()
@@ -214,6 +281,19 @@ def write_arrays(path, arrays):
     write_atomically(path, buffer.getvalue())
 
 
+def evaluation_columns(result):
+    """The eval/ columns of metrics.csv. result: of an evaluation, with success (n,) and length (n,) in control steps."""
+    success, length = result["success"], result["length"]
+    low, high = wilson(success.sum(), len(success))
+    return {"eval/success": success.mean(), "eval/success_low": low, "eval/success_high": high, "eval/length": length.mean(),
+            "eval/success_length": length[success].mean() if success.any() else "", "eval/episodes": len(success)}  # fmt: skip
+
+
+def print_gain(base, tuned):
+    """How far the tuned actor is above the base. Both: dicts with counts of `success` and `episodes`."""
+    print(f"gain over base {100 * (tuned['success'] / tuned['episodes'] - base['success'] / base['episodes']):+.1f} points")
+
+
 def compare(before, after):
     """Print how many episodes the tuned actor fixed, broke, kept and left failed. -> {kind: indices of its episodes}"""
     before, after = before["success"], after["success"]
@@ -248,3 +328,23 @@ def write_table(path, rows):
             row = dict(row, success=f"{row['successes'] / row['episodes']:.4f}", wilson_low=f"{low:.4f}", wilson_high=f"{high:.4f}")
         writer.writerow(row)
     write_atomically(path, text.getvalue().encode())
+
+
+def write_suite_table(path, names, covered, final):
+    """Print success by task and policy, as in the paper's Table I, and write it as CSV.
+
+    names: {task id: name} of all tasks asked for; covered: those that the base was cloned on; final: {policy: dict of success, episodes and
+    by_task}, by_task {task id: (successes, episodes)}.
+    """
+    print(f"{'success':>8}  " + "".join(f"{policy:26}" for policy in final))
+    rows = []
+    for k, name in names.items():
+        cells = {policy: e["by_task"][k] for policy, e in final.items()} if k in covered else {}
+        text = "".join(f"{rate(*cell):26}" for cell in cells.values()) or f"{'not cloned':{26 * len(final)}}"
+        print(f"{f'task {k}':>8}  {text}{name}")
+        rows += [dict(task_id=k, task=name, cloned=True, policy=p, successes=good, episodes=n) for p, (good, n) in cells.items()]
+        if not cells:
+            rows.append(dict(task_id=k, task=name, cloned=False))
+    print(f"{f'all {len(covered)}':>8}  " + "".join(f"{rate(e['success'], e['episodes']):26}" for e in final.values()))
+    rows += [dict(task_id="all cloned", cloned=True, policy=p, successes=e["success"], episodes=e["episodes"]) for p, e in final.items()]
+    write_table(path, rows)

@@ -14,18 +14,16 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers inherit it; the parent sets its own threads below
 
 import math
-import signal
 import sys
 import time
 from collections import deque
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 import tyro
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import env_aloha
@@ -38,8 +36,8 @@ from fpo_critic import QEnsemble, critic_loss, fresh_value, gae, polyak_update, 
 from fpo_loss import fpo_loss
 from ranks import RANK, WORLD
 from run_files import (
-    CsvLog, LatentLog, check_args, compare, load_checkpoint, new_run_folder, rate, resumed_args, save_checkpoint, stop, wilson,
-    write_args, write_side_by_side,
+    RunLogs, check_args, clean_end, compare, evaluation_columns, load_checkpoint, new_run_folder, print_gain, rate, resumed_args,
+    save_checkpoint, stop, write_args, write_side_by_side,
 )  # fmt: skip
 
 TASK = "aloha"
@@ -70,7 +68,7 @@ class Args:
     critic_epochs: int = 12
     """passes of the critics over the buffer an iteration (D11)"""
     actor_epochs: int = 4
-    """K_update of Algorithm 1: passes of the actor over the buffer an iteration"""
+    """passes of the actor over the buffer an iteration; K_update of Algorithm 1 is these times the minibatches"""
     minibatch_size: int = 160
     """samples of one gradient step"""
     actor_lr: float = 3e-4
@@ -86,7 +84,7 @@ class Args:
     no_clip: bool = False
     """leave the clip of Eq. 4 out (Table II)"""
     explore_steps: int = 0
-    """K of Eq. 7, latent exploration steps in training (D6)"""
+    """K of Eq. 7, latent exploration steps in training; 1 needs --explore-grid end, for at τ = 1/2 the first field is zero (D6)"""
     explore_eta: float = 0.05
     """η of Eq. 7, their size"""
     explore_grid: Literal["midpoint", "end"] = "midpoint"
@@ -116,7 +114,7 @@ class Args:
     velocity_anchor: float = 0.1
     """κ_v, weight of |v_θ - v*|², which keeps the actor's field near that of N(0, I); 0 is off (D4)"""
     drift_limit: float = 0.0
-    """end the actor's epochs when |μ_Δ| or σ_Δ passes this; 0 is off (D4)"""
+    """end the actor's epochs when |μ_Δ| or σ_Δ of the newest samples passes this; 0 is off (D4)"""
     loss_cap: float = 0.0
     """no push on A < 0 where ℓ exceeds the cached one by this; 0 is off (D4)"""
     advantage_limit: float = 0.0
@@ -163,10 +161,10 @@ class Args:
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
-    if ranks.RESTARTS and args.run_name and (Path("runs") / args.run_name / "last.pt").exists():
-        args = Args(resume=f"runs/{args.run_name}", num_workers=args.num_workers)
     if args.resume:
-        args = resumed_args(args)
+        args = resumed_args(Args, args.resume)
+    elif ranks.RESTARTS and args.run_name and (Path("runs") / args.run_name / "last.pt").exists():
+        args = resumed_args(Args, f"runs/{args.run_name}", argv=[])  # torchrun --max-restarts: a rank has died
     if args.literal:
         args.sigma_floor, args.value_latents = 1e-8, "stored"
         args.self_anchor = args.prior_anchor = args.drift_limit = args.loss_cap = 0.0
@@ -208,6 +206,7 @@ if __name__ == "__main__":
     target.load_state_dict(critic.state_dict())
     actor_optimizer = torch.optim.Adam(actor.parameters(), args.actor_lr)
     critic_optimizer = torch.optim.Adam(critic.parameters(), args.critic_lr)
+    learners = dict(actor=actor, critic=critic, target=target, actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer)
     buffer = TrajectoryBuffer(args.window)
     generator = torch.Generator(device).manual_seed(args.seed)  # every draw of training
     iteration = env_steps = 0
@@ -223,38 +222,21 @@ if __name__ == "__main__":
 
     # ---- run folder ----
     run_name = args.run_name or f"{TASK}__seed{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = Path(args.resume) if args.resume else new_run_folder(run_name) if RANK == 0 else None
+    folder = Path(args.resume) if args.resume else new_run_folder(run_name, again=ranks.RESTARTS > 0) if RANK == 0 else None
     folder = ranks.gathered(folder)[0]
     METRICS = (
         "iteration charts/env_steps charts/success charts/return charts/episode_length charts/success_length charts/SPS "
-        "charts/rollout_seconds charts/update_seconds eval/success eval/success_low eval/success_high eval/strict eval/episodes "
-        "losses/actor losses/critic losses/ratio_mean losses/ratio_std losses/clip_fraction losses/floor_share "
-        "losses/delta_mean losses/delta_std losses/cfm_loss losses/actor_steps critic/q_mean critic/q_spread "
-        "critic/explained_variance critic/advantage_std latent/norm latent/std latent/mean_abs latent/explore_shift"
+        "charts/rollout_seconds charts/update_seconds eval/success eval/success_low eval/success_high eval/strict eval/length "
+        "eval/success_length eval/episodes losses/actor losses/surrogate losses/critic losses/ratio_mean losses/ratio_std "
+        "losses/clip_fraction losses/floor_share losses/delta_mean losses/delta_std losses/cfm_loss losses/actor_steps "
+        "critic/q_mean critic/q_spread critic/explained_variance critic/advantage_std latent/norm latent/std latent/mean_abs "
+        "latent/explore_shift"
     ).split()
     EPISODES = "policy env_steps episode success strict length diverged cube_x cube_y".split()
     if RANK == 0:  # the others compute, and write nothing
         if not args.resume:
             write_args(folder, args)
-        keep = (saved["metric_rows"], saved["episode_rows"]) if args.resume else (None, None)
-        metrics_log = CsvLog(folder / "metrics.csv", METRICS, keep[0])
-        episode_log = CsvLog(folder / "eval.csv", EPISODES, keep[1])
-        scalars = SummaryWriter(folder, purge_step=saved["env_steps"] + 1 if args.resume else None)
-        latent_log = LatentLog(folder / "latents.npz", saved["env_steps"] if args.resume else None)
-        if args.track:
-            import wandb
-
-            wandb.init(project="fpo", name=folder.name, id=folder.name, resume="allow", dir=folder, config=asdict(args))
-
-    interrupts = []
-
-    def interrupt(number, _):
-        interrupts.append(number)
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGINT, interrupt)
-    signal.signal(signal.SIGTERM, interrupt)
-    workers = Workers(args.num_workers, base.pictures, args.worker_timeout)
+        logs = RunLogs(folder, args, METRICS, EPISODES, saved if args.resume else None)
 
     @torch.no_grad()
     def evaluate(policy, num_episodes, record=False, log=True):
@@ -263,7 +245,8 @@ if __name__ == "__main__":
         mine = np.arange(RANK, num_episodes, WORLD)  # the episodes of this rank
         noise = torch.Generator(device).manual_seed(0)  # the same at every evaluation
         drawn = []
-        progress = tqdm(desc=f"evaluate {policy}", total=HORIZON // base.chunk_steps, leave=False, mininterval=mininterval, disable=RANK > 0)
+        progress = tqdm(desc=f"evaluate {policy}", total=math.ceil(HORIZON / base.chunk_steps), leave=False, mininterval=mininterval,
+                        disable=RANK > 0)  # fmt: skip
 
         def act(observations):
             progress.update()
@@ -282,8 +265,8 @@ if __name__ == "__main__":
         result = dict(ranks.merged(result, mine), policy=policy, env_steps=env_steps * (policy == "tuned"), episode=np.arange(num_episodes))
         progress.close()
         for i in range(num_episodes if log and RANK == 0 else 0):
-            episode_log.write(dict(policy=policy, env_steps=result["env_steps"], episode=i, cube_x=poses[i, 0], cube_y=poses[i, 1],
-                                   **{key: int(result[key][i]) for key in ("success", "strict", "length", "diverged")}))  # fmt: skip
+            logs.episodes.write(dict(policy=policy, env_steps=result["env_steps"], episode=i, cube_x=poses[i, 0], cube_y=poses[i, 1],
+                                     **{key: int(result[key][i]) for key in ("success", "strict", "length", "diverged")}))  # fmt: skip
         return result
 
     def save(name):
@@ -294,11 +277,10 @@ if __name__ == "__main__":
         states, buffers = zip(*parts)
         save_checkpoint(folder / name, dict(
             task=TASK, latent_dim=D, weights_sha256=base.sha256, iteration=iteration, env_steps=env_steps, seconds=elapsed(),
-            actor=actor.state_dict(), critic=critic.state_dict(), target=target.state_dict(),
-            actor_optimizer=actor_optimizer.state_dict(), critic_optimizer=critic_optimizer.state_dict(),
+            **{name: part.state_dict() for name, part in learners.items()},
             buffer=[{k: torch.cat([part[k] for part in b], 1) for k in b[0]} for b in zip(*buffers)],  # (T, E, …)
             generator=generator.get_state(), envs=ranks.joined(states), recent=list(recent),
-            evaluations=evaluations, metric_rows=metrics_log.rows, episode_rows=episode_log.rows,
+            evaluations=evaluations, metric_rows=logs.metrics.rows, episode_rows=logs.episodes.rows,
         ))  # fmt: skip
 
     def summary(result):
@@ -311,7 +293,7 @@ if __name__ == "__main__":
     def elapsed():
         return seconds + time.perf_counter() - start
 
-    try:
+    with clean_end("train_aloha.py", folder) as interrupts, Workers(args.num_workers, base.pictures, args.worker_timeout) as workers:
         # ---- the untouched base first, before any update ----
         videos = {}
         if args.eval_only or not args.resume:
@@ -322,14 +304,12 @@ if __name__ == "__main__":
                 if RANK == 0:
                     print(f"{policy:12} {rate(e['success'], e['episodes'])}   strict {rate(e['strict'], e['episodes'])}", flush=True)
             if RANK == 0:
-                latent_log.add(videos["base"], np.arange(min(50, args.eval_episodes)))
+                logs.latents.add(videos["base"], np.flatnonzero(videos["base"]["episode"] < 50))
         if not args.eval_only:
             envs = TrainingEnvs(workers, E, args.seed, own)
             if args.resume:
-                critic.load_state_dict(saved["critic"])
-                target.load_state_dict(saved["target"])
-                actor_optimizer.load_state_dict(saved["actor_optimizer"])
-                critic_optimizer.load_state_dict(saved["critic_optimizer"])
+                for name, part in learners.items():
+                    part.load_state_dict(saved[name])
                 buffer.iterations = [{k: v[:, own].to(device) for k, v in b.items()} for b in saved["buffer"]]
                 generator.set_state(saved["generator"])
                 envs.load_state_dict(saved["envs"])
@@ -343,7 +323,7 @@ if __name__ == "__main__":
 
         # ---- for each iteration (line 2) ----
         while not args.eval_only and env_steps < args.total_env_steps:
-            if interrupts:  # Python drops what a signal raises while something is being destroyed
+            if interrupts:
                 raise KeyboardInterrupt
             iteration, steps_before = iteration + 1, env_steps
             clock = time.perf_counter()
@@ -394,17 +374,18 @@ if __name__ == "__main__":
             torch.set_num_threads(min(ranks.CPUS, 4))
 
             # ---- update phase (lines 13-28); D13: first all critic epochs, then the advantages once, then the actor ----
+            # samples of all W iterations one after the other: (W T m, …) here, over all ranks (n,); m environments a rank, E over all
             s, s_next, x, x0 = (buffer.flat(key) for key in ("s", "s_next", "x", "x0"))
             r, discount, terminated, u, eps = (buffer.flat(key) for key in ("r", "discount", "terminated", "u", "eps"))
-            n, J = len(r) * WORLD, FRESH_LATENTS  # n samples over all ranks
+            n, J = len(r) * WORLD, FRESH_LATENTS
             # lines 17-18: x' ~ π_θ(· | s'); θ rests during the critic epochs, so J latents a state serve Eq. 5 and V (D5)
-            noise = torch.randn(2 * n * J, D, generator=generator, device=device).view(2, -1, E, J, D)[:, :, own].reshape(-1, D)
+            noise = torch.randn(2 * n * J, D, generator=generator, device=device).view(2, -1, E, J, D)[:, :, own].reshape(-1, D)  # of (s | s', W T, m, J)
             fresh = actor.sample(torch.cat([s, s_next]).repeat_interleave(J, 0), args.flow_steps, noise=noise)
-            x_fresh, x_next_fresh = fresh.view(2, -1, J, D)
+            x_fresh, x_next_fresh = fresh.view(2, -1, J, D)  # (W T m, J, D) each
             for epoch in range(args.critic_epochs):
                 for i in torch.randperm(n, generator=generator, device=device).split(args.minibatch_size):
-                    ours, k = ranks.share(i, E)  # without torchrun k is i
-                    j = torch.randint(J, (len(i),), generator=generator, device=device)[ours]
+                    mine, k = ranks.share(i, E)  # which of the minibatch this rank has, and where; without torchrun all, and k is i
+                    j = torch.randint(J, (len(i),), generator=generator, device=device)[mine]
                     y = td_target(target, r[k], discount[k], terminated[k], s_next[k], x_next_fresh[k, j])  # line 19, Eq. 5
                     loss_critic = critic_loss(critic, s[k], x[k], y, len(i))  # line 20, Eq. 6
                     critic_optimizer.zero_grad()
@@ -423,7 +404,7 @@ if __name__ == "__main__":
                 if args.value_latents == "stored":
                     v_next_b = torch.cat([torch.where(b["ended"][:-1] > 0, v_next_b[:-1], v_b[1:]), v_next_b[-1:]])
                 adv.append(gae(b["r"], v_b, v_next_b, b["discount"], b["terminated"], b["ended"], args.gae_lambda).flatten())
-            # of all ranks from here on: Eq. 3 and the advantages are standardised over whole minibatches
+            # (n,), of all ranks, from here on: Eq. 3 and the advantages are standardised over whole minibatches
             adv, v, cfm_init, age = (ranks.whole(c.view(-1, m), own, E).flatten()
                                      for c in (torch.cat(adv), v, buffer.flat("cfm_init"), buffer.age().to(device)))  # fmt: skip
             explained_variance = 1 - adv.var() / (adv + v).var().clamp_min(1e-8)
@@ -433,39 +414,41 @@ if __name__ == "__main__":
             # lines 22-27: the actor
             if args.anneal_lr:  # late steps would only move the latents about: the drift of D4
                 actor_optimizer.param_groups[0]["lr"] = args.actor_lr * max(0.0, 1 - steps_before / args.total_env_steps)
-            infos, drifted = [], iteration <= args.critic_warmup
+            infos, actor_steps, stopped = [], 0, iteration <= args.critic_warmup  # D11: the critics alone at first, on the same random stream
             for epoch in range(args.actor_epochs):
                 for i in torch.randperm(n, generator=generator, device=device).split(args.minibatch_size):
-                    if drifted or len(i) < 2:
+                    if stopped or len(i) < 2:
                         break
-                    ours, k = ranks.share(i, E)
+                    mine, k = ranks.share(i, E)
                     cfm, departure = actor.cfm_loss(x[k], s[k], u[k], eps[k], with_departure=True)  # line 23, ℓ_cfm(x | s; θ)
-                    apart = args.self_anchor > 0 and args.explore_steps > 0  # D6: the anchor is on x^(0), not on x^(K)
-                    cfm_anchor = actor.cfm_loss(x0[k], s[k], u[k], eps[k]) if apart else cfm
-                    cfm_prior = cfm
+                    cfm_anchor = cfm_prior = cfm  # where there is no other
+                    if args.self_anchor > 0 and args.explore_steps > 0:  # D6: the self-anchor is on x^(0), not on x^(K)
+                        cfm_anchor = actor.cfm_loss(x0[k], s[k], u[k], eps[k])
                     if args.prior_anchor > 0:
-                        x_prior = torch.randn(len(i), D, generator=generator, device=device)[ours]
+                        x_prior = torch.randn(len(i), D, generator=generator, device=device)[mine]
                         cfm_prior = actor.cfm_loss(x_prior, s[k], u[k], eps[k])
-                    cfm, departure, cfm_anchor, cfm_prior = ranks.whole(torch.stack([cfm, departure, cfm_anchor, cfm_prior]), ours, len(i))
-                    loss_actor, info = fpo_loss(  # lines 23-27: Eq. 2, 3, 4
-                        cfm, cfm_init[i], adv[i], args.beta, args.clip_eps, sigma_floor, args.ratio, age[i], not args.no_clip,
-                        args.self_anchor, cfm_anchor, args.prior_anchor, cfm_prior, args.loss_cap, args.advantage_limit,
-                        args.velocity_anchor, departure, args.advantage_floor,
+                    cfm, departure, cfm_anchor, cfm_prior = ranks.whole(torch.stack([cfm, departure, cfm_anchor, cfm_prior]), mine, len(i))
+                    loss_actor, info = fpo_loss(  # lines 23-25 and 27: Eq. 2, 3, 4
+                        cfm, cfm_init[i], adv[i], args.beta, args.clip_eps, sigma_floor, args.ratio, age[i], clip=not args.no_clip,
+                        self_anchor=args.self_anchor, cfm_anchor=cfm_anchor, velocity_anchor=args.velocity_anchor, departure=departure,
+                        prior_anchor=args.prior_anchor, cfm_prior=cfm_prior, loss_cap=args.loss_cap,
+                        advantage_limit=args.advantage_limit, advantage_floor=args.advantage_floor,
                     )  # fmt: skip
                     infos.append(dict(info, actor=loss_actor.detach()))
-                    drift = max(info["delta_mean"].abs().item(), info["delta_std"].item())
-                    if args.drift_limit > 0 and drift > args.drift_limit:  # D4: the KL stop of this algorithm
-                        drifted = True
+                    drift = (cfm_init[i] - cfm.detach())[age[i] == 0]  # D4, the KL stop of this algorithm; older samples show earlier drift
+                    if args.drift_limit > 0 and len(drift) and max(drift.mean().abs(), drift.std(correction=0)) > args.drift_limit:
+                        stopped = True
                         break
                     actor_optimizer.zero_grad()
                     loss_actor.backward()
                     ranks.sum_gradients(actor)
                     torch.nn.utils.clip_grad_norm_(actor.parameters(), 1.0)
                     actor_optimizer.step()
+                    actor_steps += 1
             loss_critic = sum(ranks.gathered(loss_critic.item()))
             if not (math.isfinite(loss_critic) and all(torch.isfinite(info["actor"]) for info in infos)):
                 stop(f"a loss became NaN or infinite in iteration {iteration}; the last good checkpoint is {folder / 'last.pt'}. "
-                     "Try a lower --actor-lr, or a stabiliser: --self-anchor 1, --drift-limit 0.05", code=1)  # fmt: skip
+                     "Start a new run with a lower --actor-lr or --critic-lr, or with --drift-limit 0.05", code=1)  # fmt: skip
             update_seconds = time.perf_counter() - clock
             torch.set_num_threads(1)
 
@@ -473,19 +456,20 @@ if __name__ == "__main__":
             with torch.no_grad():
                 q = critic(s, x)
             x_K = ranks.whole(batch["x"].movedim(1, -1), own, E)  # (T, D, E)
+            # numbers of this rank's own, to be averaged over the ranks
             own_means = {"critic/q_mean": q.mean(), "critic/q_spread": q.std(0).mean(),
                          "latent/explore_shift": (batch["x"] - batch["x0"]).norm(dim=-1).mean()}  # fmt: skip
             mean = lambda values: float(np.mean(values)) if len(values) else ""
             row = {"iteration": iteration, "charts/env_steps": env_steps, "charts/success": mean(recent),
                    "charts/return": mean([e[4] for e in ended_episodes]), "charts/episode_length": mean([e[3] for e in ended_episodes]),
                    "charts/success_length": mean([e[3] for e in ended_episodes if e[2]]),
-                   "charts/SPS": T * E * base.chunk_steps / (rollout_seconds + update_seconds), "charts/rollout_seconds": rollout_seconds,
-                   "charts/update_seconds": update_seconds, "losses/critic": loss_critic / args.num_critics, "losses/actor_steps": len(infos),
+                   "charts/SPS": (env_steps - steps_before) / (rollout_seconds + update_seconds), "charts/rollout_seconds": rollout_seconds,
+                   "charts/update_seconds": update_seconds, "losses/critic": loss_critic / args.num_critics, "losses/actor_steps": actor_steps,
                    "critic/explained_variance": explained_variance.item(), "critic/advantage_std": adv.std().item(),
                    "latent/norm": x_K.norm(dim=1).mean().item(), "latent/std": x_K.movedim(1, -1).flatten(0, 1).std(0).mean().item(),
                    "latent/mean_abs": x_K.mean((0, 2)).abs().mean().item()}  # fmt: skip
             row.update({key: mean(values) for key, *values in zip(own_means, *ranks.gathered([v.item() for v in own_means.values()]))})
-            for key in ("actor", "ratio_mean", "ratio_std", "clip_fraction", "floor_share", "delta_mean", "delta_std", "cfm_loss"):
+            for key in ("actor", "surrogate", "ratio_mean", "ratio_std", "clip_fraction", "floor_share", "delta_mean", "delta_std", "cfm_loss"):
                 row[f"losses/{key}"] = torch.stack([info[key] for info in infos]).mean().item() if infos else ""
 
             # ---- evaluate on the states that training never sees ----
@@ -494,52 +478,32 @@ if __name__ == "__main__":
             if due:
                 result = evaluate("tuned", args.eval_episodes if last else max(1, args.eval_episodes // 2), record=args.video and last)
                 evaluations.append(e := summary(result))
-                row["eval/success"], row["eval/strict"] = e["success"] / e["episodes"], e["strict"] / e["episodes"]
-                row["eval/success_low"], row["eval/success_high"] = wilson(e["success"], e["episodes"])
-                row["eval/episodes"] = e["episodes"]
+                row.update(evaluation_columns(result) | {"eval/strict": e["strict"] / e["episodes"]})
                 videos["tuned"] = result
             if due and RANK == 0:
-                latent_log.add(result, np.arange(min(50, e["episodes"])))
+                logs.latents.add(result, np.flatnonzero(result["episode"] < 50))
                 bar.write(f"{env_steps:9,d} steps  {elapsed() / 60:5.1f} min  tuned {rate(e['success'], e['episodes'])}")
             if RANK == 0:
-                metrics_log.write(row)
-                for key, value in row.items():
-                    if value != "" and key != "iteration":
-                        scalars.add_scalar(key, value, env_steps)
-                if args.track:
-                    wandb.log({key: value for key, value in row.items() if value != ""}, step=env_steps)
+                logs.write(row, env_steps)
             save("last.pt")
             if due:
                 save(f"step{env_steps:08d}.pt")
-    except KeyboardInterrupt:
-        workers.close()
-        if RANK == 0:
-            saved_one = (folder / "last.pt").exists()
-            print(f"\nstopped. To go on: python train_aloha.py --resume {folder}" if saved_one else "\nstopped before the first checkpoint", file=sys.stderr)
-        raise SystemExit(130)
-    except OSError as error:  # a full disk, say; files are written whole or not at all
-        workers.close()
-        stop(f"{error.filename or folder} cannot be written ({error.strerror}); make room, then go on with python train_aloha.py --resume {folder}", code=1)
 
-    # ---- the result ----
-    if "tuned" in videos and "base" not in videos:  # a resumed run has not played the base itself
-        videos["base"] = evaluate("base", args.eval_episodes, record=args.video, log=False)
-    if RANK > 0:
-        workers.close()
-        raise SystemExit
-    print(f"\n{TASK}, seed {args.seed}, {env_steps:,} environment steps, {elapsed() / 60:.1f} minutes, files in {folder}")
-    print(f"{'':14}{'success (official)':^26}{'strict':^26}  n")
-    final = [e for e in evaluations if e["policy"] != "tuned"] + [e for e in evaluations if e["policy"] == "tuned"][-1:]
-    for e in final:
-        print(f"{e['policy']:14}{rate(e['success'], e['episodes']):26}{rate(e['strict'], e['episodes']):26}{e['episodes']:5}")
-    if final[-1]["policy"] == "tuned":
-        gain = 100 * (final[-1]["success"] / final[-1]["episodes"] - final[0]["success"] / final[0]["episodes"])
-        print(f"gain over base {gain:+.1f} points")
-    if "tuned" in videos:
-        before, after = videos["base"], videos["tuned"]
-        for kind, members in compare(before, after).items():
-            for i in members[:1] if args.video else ():  # Fig. 4a, 6: base left, tuned right, from the same initial state
-                film = folder / f"{kind}_episode{i}.mp4"
-                write_side_by_side(film, workers.render([before["qpos"][i][::4], after["qpos"][i][::4]]), env_aloha.FPS / 4)
-                print(f"{kind}, base | tuned: {film}")
-    workers.close()
+        # ---- the result ----
+        if "tuned" in videos and "base" not in videos:  # a resumed run has not played the base itself
+            videos["base"] = evaluate("base", args.eval_episodes, record=args.video, log=False)
+        if RANK > 0:
+            raise SystemExit
+        final = {e["policy"]: e for e in evaluations}  # the last one of each
+        print(f"\n{TASK}, seed {args.seed}, {env_steps:,} environment steps, {elapsed() / 60:.1f} minutes, files in {folder}")
+        print(f"{'':14}{'success (official)':^26}{'strict':^26}  n")
+        for e in final.values():
+            print(f"{e['policy']:14}{rate(e['success'], e['episodes']):26}{rate(e['strict'], e['episodes']):26}{e['episodes']:5}")
+        if "tuned" in videos:
+            print_gain(final["base"], final["tuned"])
+            before, after = videos["base"], videos["tuned"]
+            for kind, members in compare(before, after).items():
+                for i in members[:1] if args.video else ():  # Fig. 4a, 6: base left, tuned right, from the same initial state
+                    film = folder / f"{kind}_episode{i}.mp4"
+                    write_side_by_side(film, workers.render([before["qpos"][i][::4], after["qpos"][i][::4]]), env_aloha.FPS / 4)
+                    print(f"{kind}, base | tuned: {film}")

@@ -20,7 +20,8 @@ ENTRIES = [  # what the paper calls it, file, code
     ("ℓ_cfm", "fpo_actor.py", "(v - (x - eps)).square()"),
     ("GAE", "fpo_critic.py", "tail = delta[t] + discount[t] * gae_lambda"),
     ("Algorithm 1, line 1", "train_aloha.py", "(Algorithm 1, line 1)"),
-    ("lines 2-3", "train_aloha.py", "# ---- for each iteration (line 2) ----"),
+    ("line 2", "train_aloha.py", "# ---- for each iteration (line 2) ----"),
+    ("line 3, θ_old", "train_aloha.py", "# ---- rollout phase (lines 3-12)"),
     ("line 6, observe", "train_aloha.py", "s_after, context = base.encode("),
     ("line 7, sample x", "train_aloha.py", "x_0 = actor.sample("),
     ("line 8, decode", "train_aloha.py", "a = base.decode("),
@@ -33,7 +34,7 @@ ENTRIES = [  # what the paper calls it, file, code
     ("line 21", "train_aloha.py", "polyak_update(target, critic, args.tau)"),
     ("line 23", "train_aloha.py", "cfm, departure = actor.cfm_loss("),
     ("line 26, advantages", "train_aloha.py", "adv.append(gae("),
-    ("lines 23-27, actor update", "train_aloha.py", "loss_actor, info = fpo_loss("),
+    ("lines 23-25 and 27, actor update", "train_aloha.py", "loss_actor, info = fpo_loss("),
 ]
 
 if __name__ == "__main__":
