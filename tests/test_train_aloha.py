@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +105,40 @@ def test_resume_ends_where_the_uninterrupted_run_ends(finished):
     assert [row["iteration"] for row in rows(cwd / "runs" / "parts" / "metrics.csv")] == ["1", "2", "3", "4"]
 
 
+@dataclass
+class Flags:
+    beta: float = 0.2
+    anneal_lr: bool = True
+    total_env_steps: int = 1_600_000
+    resume: str | None = None
+
+
+def test_resume_compares_flags_with_the_run_and_not_with_the_defaults(tmp_path, capsys):
+    """A flag that equals its default is a change all the same, where the run had another value."""
+    from run_files import resumed_args
+
+    (tmp_path / "args.json").write_text(json.dumps(dict(args=asdict(Flags(0.3, False, 800_000)))))
+    assert resumed_args(Flags, tmp_path, []) == Flags(0.3, False, 800_000, str(tmp_path))
+    assert resumed_args(Flags, tmp_path, ["--total-env-steps", "1600000"]) == Flags(0.3, False, 1_600_000, str(tmp_path))
+    for flags in (["--beta", "0.2"], ["--anneal-lr"]):
+        with pytest.raises(SystemExit) as stopped:
+            resumed_args(Flags, tmp_path, flags)
+        assert stopped.value.code == 2 and f"{flags[0]} from the run itself" in capsys.readouterr().err
+
+
+def test_a_start_that_came_to_nothing_is_made_again(tmp_path, monkeypatch):
+    """torchrun starts a run anew when a rank dies before the first checkpoint: the folder is there, its rows do not count."""
+    from run_files import CsvLog, new_run_folder
+
+    monkeypatch.chdir(tmp_path)
+    folder = new_run_folder("run")
+    CsvLog(folder / "eval.csv", ["a"]).write({"a": 1})
+    with pytest.raises(SystemExit):
+        new_run_folder("run")
+    CsvLog(new_run_folder("run", again=True) / "eval.csv", ["a"]).write({"a": 2})
+    assert (folder / "eval.csv").read_text().split() == ["a", "2"]
+
+
 @pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt_then_resume_bit_for_bit(finished, sig):
     cwd, _ = finished
@@ -134,6 +169,7 @@ def test_eval_only_prints_the_same_success_as_the_run(finished):
     (["--num-envs", "0"], ["--num-envs is 0", "at least 1"]),
     (["--total-env-steps", "-5"], ["--total-env-steps is -5"]),
     (["--beta", "0"], ["--beta is 0", "positive"]),
+    (["--minibatch-size", "1"], ["--minibatch-size is 1", "at least 2"]),
     (["--clip-eps", "1.5"], ["--clip-eps is 1.5", "--no-clip"]),
     (["--gamma", "1.01"], ["--gamma is 1.01", "[0, 1]"]),
     (["--gae-lambda", "-0.1"], ["--gae-lambda is -0.1"]),

@@ -98,6 +98,7 @@ def test_two_iterations_of_a_suite_and_its_table(tmp_path):
     (["--task-ids", "3"], ["--weights", "libero_90_task3"]),
     (["--eval-episodes", "51"], ["--eval-episodes is 51", "50"]),
     (["--num-envs", "0"], ["--num-envs is 0", "at least 1"]),
+    (["--suite", "libero_goal", "--num-envs", "5"], ["--num-envs is 5", "6 tasks"]),
     (["--eval-only", "--checkpoint", "aloha.pt"], ["task aloha"]),
     (["--resume", "runs/nothing"], ["--resume is runs/nothing", "no run"]),
 ])  # fmt: skip

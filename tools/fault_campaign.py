@@ -39,7 +39,7 @@ TRAIN = str(ROOT / "train_aloha.py")
 
 @dataclass
 class Args:
-    tries: int = 6
+    tries: int = 2
     """tries of every fault that strikes at a random moment"""
     seed: int = 0
     """seed of the moments"""
@@ -162,8 +162,8 @@ def hang_worker(*arguments):
 def kill_rank(folder, name, moment, whole, seconds, rng):
     run = Run(folder, name, launcher=TORCHRUN)
     ranks = lambda: [p for p in psutil.Process(run.process.pid).children() if "train_aloha" in " ".join(p.cmdline())]
-    run.wait_until(lambda: (run.path / "last.pt").exists())
-    run.wait_until(lambda: False, moment * seconds / 2)
+    run.wait_until(ranks)
+    run.wait_until(lambda: False, moment * seconds)  # before its first checkpoint too
     if run.process.poll() is None and (alive := ranks()):
         alive[rng.integers(len(alive))].kill()
     code = run.finish()
