@@ -140,7 +140,7 @@ if __name__ == "__main__":
             print(f"{'done' if (row, seed) in done else '':5}{row} seed {seed}: python {ROWS[row][1]} --seed {seed}")
         raise SystemExit
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    jobs, failed, lock = deque(job for job in queue if job not in done), [], threading.Lock()
+    jobs, failed, interrupted, lock = deque(job for job in queue if job not in done), [], [], threading.Lock()
     bar = tqdm(total=len(jobs), unit="run")
 
     def record(row, seed, code, text, minutes):
@@ -164,12 +164,13 @@ if __name__ == "__main__":
             os.sched_setaffinity(0, cores)  # 0 is this thread; the runs that it starts inherit its cores
         while True:
             with lock:
-                if not jobs:
+                if interrupted or not jobs:
                     return
                 row, seed = jobs.popleft()
             start = time.perf_counter()
             code, text = run(row, seed)
             if code == 130:  # Ctrl-C: it has saved, and goes on at the next call
+                interrupted.append((row, seed))
                 return
             with lock:
                 record(row, seed, code, text, (time.perf_counter() - start) / 60)  # of the last sitting, if it was interrupted
@@ -182,10 +183,11 @@ if __name__ == "__main__":
         for thread in lanes:
             thread.join()
     except KeyboardInterrupt:  # the runs have had it too: they save and end
-        jobs.clear()
+        interrupted.append(None)
         for thread in lanes:
             thread.join()
+    if interrupted:
         print("\nstopped. To go on: python tools/run_ablations.py", file=sys.stderr)
-        raise SystemExit(130) from None
+        raise SystemExit(130)
     if failed:
         stop(f"{len(failed)} runs failed; their last lines are above, and the next call tries them again", code=1)
