@@ -44,7 +44,7 @@ LAGS = np.arange(6)  # decisions
 CURVES = (
     ("fig4b_aloha", "aloha/seed*", "ALOHA Transfer Cube (Fig. 4b)", (40, 65)),
     ("butter", "libero/butter_seed*", "libero_90 task 56, butter in the tray", None),
-    ("fig3_libero_long", "libero/long_task*_seed*", "LIBERO-Long task 1, cream cheese and butter into the basket (Fig. 3)", None),
+    ("fig3_libero_long", "libero/long_task*_seed*", "LIBERO-Long task 1 (Fig. 3)", None),
 )
 
 
