@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,20 +30,23 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from ranks import CPUS
 from run_files import stop, write_atomically
 
 SMALL = ("--num-envs 4 --num-workers 2 --rollout-decisions 4 --critic-warmup 1 --critic-epochs 6 --actor-epochs 4 --minibatch-size 8 --num-draws 4 "
          "--num-critics 2 --eval-episodes 4 --eval-every 1280 --total-env-steps 3840 --worker-timeout 15 --device cpu --seed 3").split()  # fmt: skip
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
 TRAIN = str(ROOT / "train_aloha.py")
 
 
 @dataclass
 class Args:
     tries: int = 2
-    """tries of every fault that strikes at a random moment"""
+    """tries of every kill -9; a quarter as many, and at least 2, of the other faults that strike at a random moment, 1 of the rest"""
     seed: int = 0
     """seed of the moments"""
+    at_once: int = CPUS
+    """tries side by side"""
     only: str | None = None
     """one fault alone, by its name in the table"""
     out: Path = ROOT / "results" / "faults.md"
@@ -267,23 +271,24 @@ def flip(data, moment):
     return bytes(changed)
 
 
-FAULTS = {  # name: (fault, whether every try has another moment)
-    "kill -9 of the parent": (kill_parent, True),
-    "kill -9 of a worker": (kill_worker, True),
-    "kill -9 of a rank under torchrun --max-restarts 1": (kill_rank, True),
-    "a worker that hangs": (hang_worker, False),
-    "Ctrl-C in rollout or update": (at_random(signal.SIGINT), True),
-    "SIGTERM in rollout or update": (at_random(signal.SIGTERM), True),
-    "Ctrl-C in an evaluation": (in_evaluation(signal.SIGINT), False),
-    "SIGTERM in an evaluation": (in_evaluation(signal.SIGTERM), False),
-    "Ctrl-C while a checkpoint is written": (in_checkpoint(signal.SIGINT), True),
-    "SIGTERM while a checkpoint is written": (in_checkpoint(signal.SIGTERM), True),
-    "a full disk": (full_disk, True),
-    "an unreadable checkpoint": (unreadable, False),
-    "a checkpoint cut short": (damaged(lambda data, moment: data[: int(moment * len(data))]), True),
-    "a checkpoint with a flipped bit": (damaged(flip), True),
-    "a simulator that raises": (simulator_raises, False),
-    "NaN in a loss": (nan_in_a_loss, False),
+every, quarter, once = lambda tries: tries, lambda tries: max(min(2, tries), tries // 4), lambda tries: 1
+FAULTS = {  # name: (fault, how many of N tries it gets)
+    "kill -9 of the parent": (kill_parent, every),
+    "kill -9 of a worker": (kill_worker, every),
+    "kill -9 of a rank under torchrun --max-restarts 1": (kill_rank, every),
+    "a worker that hangs": (hang_worker, once),
+    "Ctrl-C in rollout or update": (at_random(signal.SIGINT), quarter),
+    "SIGTERM in rollout or update": (at_random(signal.SIGTERM), quarter),
+    "Ctrl-C in an evaluation": (in_evaluation(signal.SIGINT), once),
+    "SIGTERM in an evaluation": (in_evaluation(signal.SIGTERM), once),
+    "Ctrl-C while a checkpoint is written": (in_checkpoint(signal.SIGINT), quarter),
+    "SIGTERM while a checkpoint is written": (in_checkpoint(signal.SIGTERM), quarter),
+    "a full disk": (full_disk, quarter),
+    "an unreadable checkpoint": (unreadable, once),
+    "a checkpoint cut short": (damaged(lambda data, moment: data[: int(moment * len(data))]), quarter),
+    "a checkpoint with a flipped bit": (damaged(flip), quarter),
+    "a simulator that raises": (simulator_raises, once),
+    "NaN in a loss": (nan_in_a_loss, once),
 }
 
 
@@ -293,31 +298,38 @@ if __name__ == "__main__":
         stop(f"--tries is {args.tries}; give at least 1")
     if args.only and args.only not in FAULTS:
         stop(f"--only is {args.only!r}, which is none of: {'; '.join(FAULTS)}")
+    if args.at_once < 1:
+        stop(f"--at-once is {args.at_once}; give at least 1")
     chosen = {name: fault for name, fault in FAULTS.items() if args.only in (None, name)}
-    rng = np.random.default_rng(args.seed)
-    lines, failures = ["| fault | tries | survived |", "|---|---|---|"], 0
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.at_once) as pool:
         folder, start = Path(folder), time.monotonic()
-        undisturbed = Run(folder, "whole")
+        undisturbed, two = Run(folder, "whole"), Run(folder, "whole_two_ranks", launcher=TORCHRUN)  # side by side, as the tries below
         assert undisturbed.finish() == 0, undisturbed.said()
         seconds = time.monotonic() - start
-        if any(fault is kill_rank for fault, _ in chosen.values()):
-            two = Run(folder, "whole_two_ranks", launcher=TORCHRUN)
-            assert two.finish() == 0, two.said()
-        bar = tqdm(total=sum(args.tries if many else 1 for _, many in chosen.values()), unit="fault")
-        for number, (name, (fault, many)) in enumerate(chosen.items()):
-            tries, survived = args.tries if many else 1, 0
-            for attempt in range(tries):
-                try:
-                    fault(folder, f"fault{number}_{attempt}", rng.random(), undisturbed.path, seconds, rng)
-                    survived += 1
-                except AssertionError as error:
-                    tqdm.write(f"{name}, try {attempt}: {error}")
+        assert two.finish() == 0, two.said()
+        bar = tqdm(total=sum(count(args.tries) for _, count in chosen.values()), unit="fault")
+
+        def attempt(number, name, i):
+            """One try; its moment depends on the seed, the fault and the try alone. -> whether it was survived"""
+            rng = np.random.default_rng([args.seed, list(FAULTS).index(name), i])
+            try:
+                FAULTS[name][0](folder, f"fault{number}_{i}", rng.random(), undisturbed.path, seconds, rng)
+                return True
+            except Exception as error:
+                tqdm.write(f"{name}, try {i}: {error or type(error).__name__}")
+                return False
+            finally:
+                shutil.rmtree(folder / "runs" / f"fault{number}_{i}", ignore_errors=True)
                 bar.update()
-            failures += tries - survived
-            lines.append(f"| {name} | {tries} | {survived} |")
+
+        tries = {name: [pool.submit(attempt, number, name, i) for i in range(count(args.tries))]
+                 for number, (name, (_, count)) in enumerate(chosen.items())}  # fmt: skip
+        survived = {name: [one.result() for one in several] for name, several in tries.items()}
+        bar.close()
+    lines = ["| fault | tries | survived |", "|---|---|---|", *(f"| {name} | {len(k)} | {sum(k)} |" for name, k in survived.items())]
+    failures = sum(len(k) - sum(k) for k in survived.values())
     if args.only is None:
-        command = f"python tools/fault_campaign.py --tries {args.tries} --seed {args.seed}"
+        command = f"python tools/fault_campaign.py --tries {args.tries} --seed {args.seed} --at-once {args.at_once}"
         write_atomically(args.out, ("\n".join([*lines, "", f"`{command}`, {(time.monotonic() - start) / 60:.0f} minutes. Survived: see the top of the tool."]) + "\n").encode())
     print("\n".join(lines))
     if failures:

@@ -29,7 +29,7 @@ from base_flow import FlowBase
 from env_aloha import TrainingEnvs, Workers, play_episodes, sample_box_poses
 from fpo_actor import FlowActor, draw_flow_noise
 from ranks import CPUS
-from run_files import CsvLog, compare, new_run_folder, rate, save_checkpoint, stop, wilson, write_args
+from run_files import CsvLog, compare, evaluation_columns, new_run_folder, rate, save_checkpoint, stop, write_args
 
 
 @dataclass
@@ -90,8 +90,8 @@ if __name__ == "__main__":
 
     folder = new_run_folder(args.run_name or f"cloning_{args.task}__seed{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}")
     write_args(folder, args)
-    METRICS = ("charts/env_steps charts/success charts/SPS eval/success eval/success_low eval/success_high eval/episodes losses/cfm_loss latent/norm "
-               "latent/std").split()  # fmt: skip
+    METRICS = ("charts/env_steps charts/success charts/SPS eval/success eval/success_low eval/success_high eval/length eval/success_length eval/episodes "
+               "losses/cfm_loss latent/norm latent/std").split()  # fmt: skip
     metrics_log = CsvLog(folder / "metrics.csv", METRICS)
     episode_log = CsvLog(folder / "eval.csv", "policy env_steps episode success strict length diverged".split())
     workers = Workers(args.num_workers)
@@ -162,10 +162,9 @@ if __name__ == "__main__":
             last = env_steps >= args.total_env_steps
             if last or env_steps // args.eval_every > steps_before // args.eval_every:
                 after = evaluate("tuned", args.eval_episodes if last else max(1, args.eval_episodes // 2))
-                n, successes = len(after["success"]), int(after["success"].sum())
-                row.update({"eval/success": successes / n, "eval/episodes": n})
-                row["eval/success_low"], row["eval/success_high"] = wilson(successes, n)
-                bar.write(f"{env_steps:9,d} steps  {(time.perf_counter() - start) / 60:5.1f} min  tuned {rate(successes, n)}")
+                row.update(evaluation_columns(after))
+                minutes = (time.perf_counter() - start) / 60
+                bar.write(f"{env_steps:9,d} steps  {minutes:5.1f} min  tuned {rate(after['success'].sum(), len(after['success']))}")
                 save_checkpoint(folder / "last.pt", dict(task="cloning_aloha", actor=actor.state_dict(), env_steps=env_steps))
             metrics_log.write(row)
         print(f"\ncloning on {args.task}, seed {args.seed}, {env_steps:,} environment steps, {(time.perf_counter() - start) / 60:.1f} minutes, files in {folder}")

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from base_flow import FlowBase
 from fpo_critic import QEnsemble, critic_loss, polyak_update, td_target
 from ranks import CPUS
-from run_files import CsvLog, compare, new_run_folder, rate, save_checkpoint, stop, wilson, write_args
+from run_files import CsvLog, compare, evaluation_columns, new_run_folder, rate, save_checkpoint, stop, write_args
 
 BOUND = 3.0  # latents lie within ± this; N(0, I) squashed by it keeps 0.82 of its standard deviation
 
@@ -135,8 +135,8 @@ if __name__ == "__main__":
 
     folder = new_run_folder(args.run_name or f"sac_{args.task}__seed{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}")
     write_args(folder, args)
-    METRICS = ("charts/env_steps charts/success charts/SPS eval/success eval/success_low eval/success_high eval/episodes losses/actor losses/critic "
-               "sac/temperature sac/entropy critic/q_mean latent/norm latent/std").split()  # fmt: skip
+    METRICS = ("charts/env_steps charts/success charts/SPS eval/success eval/success_low eval/success_high eval/length eval/success_length eval/episodes "
+               "losses/actor losses/critic sac/temperature sac/entropy critic/q_mean latent/norm latent/std").split()  # fmt: skip
     metrics_log = CsvLog(folder / "metrics.csv", METRICS)
     episode_log = CsvLog(folder / "eval.csv", "policy env_steps episode success strict length diverged".split())
     if aloha:
@@ -244,10 +244,9 @@ if __name__ == "__main__":
                 clock, steps_then, infos = time.perf_counter(), env_steps, []
                 if due:
                     after = evaluate("tuned", args.eval_episodes if last else max(1, args.eval_episodes // 2))
-                    n, good = len(after["success"]), int(after["success"].sum())
-                    row.update({"eval/success": good / n, "eval/episodes": n})
-                    row["eval/success_low"], row["eval/success_high"] = wilson(good, n)
-                    bar.write(f"{env_steps:9,d} steps  {(time.perf_counter() - start) / 60:5.1f} min  tuned {rate(good, n)}")
+                    row.update(evaluation_columns(after))
+                    minutes = (time.perf_counter() - start) / 60
+                    bar.write(f"{env_steps:9,d} steps  {minutes:5.1f} min  tuned {rate(after['success'].sum(), len(after['success']))}")
                     save_checkpoint(folder / "last.pt", dict(task=f"sac_{args.task}", actor=actor.state_dict(), critic=critic.state_dict(), env_steps=env_steps))
                 metrics_log.write(row)
         print(f"\nSAC on {args.task}, seed {args.seed}, {env_steps:,} environment steps, {(time.perf_counter() - start) / 60:.1f} minutes, files in {folder}")
