@@ -220,7 +220,7 @@ class Workers:
         """`Simulator.run` for every row. states: (n, S), actions: (n, T, 14) -> list of n `Chunk`."""
         n = len(states)
         same = [[stop_at_success] * n, [record] * n, [self.pictures] * n]
-        chunks = self.pool.map(_run, list(states), list(actions), *same)
+        chunks = self.pool.map(_run, list(states), list(actions), *same, may_lose=True)
         return [self._lost(state, record) if c is None else c for state, c in zip(states, chunks)]
 
     def look(self, states):

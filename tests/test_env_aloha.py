@@ -15,6 +15,7 @@ import pytest
 from env_aloha import (
     HORIZON, START_ACTION, Simulator, TrainingEnvs, Workers, observe, sample_box_poses, strict_success,
 )  # fmt: skip
+from worker_pool import WorkerPool
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +170,22 @@ def test_a_killed_worker_costs_nothing_that_can_be_done_again():
         for before, after in zip(expected, pool.run(states, actions)):
             np.testing.assert_array_equal(before.state, after.state)
             assert not after.diverged
+
+
+def die_at_three(simulator, number):
+    """A job for test_a_lost_job_…: its process ends at number 3."""
+    if number == 3:
+        os._exit(1)
+    return number
+
+
+def test_a_lost_job_is_lost_alone_or_is_an_error():
+    with WorkerPool(2, dict) as pool:
+        assert pool.map(die_at_three, [1, 2, 3, 4, 5], may_lose=True) == [1, 2, None, 4, 5]
+        for numbers, lossy in (([1, 2, 3], False), ([3], True)):
+            with pytest.raises(ChildProcessError, match="1 of "):
+                pool.map(die_at_three, numbers, may_lose=lossy)
+        assert pool.map(die_at_three, [4, 5]) == [4, 5]
 
 
 def test_strict_success_needs_ten_steps_in_a_row():
