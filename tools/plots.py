@@ -132,6 +132,27 @@ def draw_curves(out, name, folders, title, paper):
     save(figure, out, name)
 
 
+def draw_long_run(out, folder):
+    """A long run: success, speed and memory. memory.csv: seconds since the start or since a resume, and MiB (tools/watch_memory.py)."""
+    steps, tested, low, high, trained, speed = read_columns(
+        folder / "metrics.csv", "charts/env_steps eval/success eval/success_low eval/success_high charts/success charts/SPS".split()
+    )
+    seconds, memory = read_columns(folder / "memory.csv", ("seconds", "pss_mib"))
+    minutes = np.cumsum(np.clip(np.diff(seconds, prepend=0), 0, None)) / 60  # a resume starts from 0 again
+    at = np.isfinite(tested)
+    figure, panels = plt.subplots(1, 3, figsize=(10, 3.1))
+    panels[0].plot(steps / 1e6, 100 * trained, color=GREEN, lw=0.8, label="last 100 training episodes")
+    panels[0].errorbar(steps[at] / 1e6, 100 * tested[at], 100 * np.abs(np.stack([low, high]) - tested)[:, at], color=BLUE, fmt="o", ms=3, lw=1, label="held-out states, Wilson 95 %")
+    panels[0].set(ylabel="success (%)", ylim=(0, 102), xlabel="environment steps (millions)")
+    panels[1].plot(steps / 1e6, smooth(speed, 20), color=BLUE, lw=1, label="running mean of 20 iterations")
+    panels[1].set(ylabel="control steps a second", ylim=(0, None), xlabel="environment steps (millions)")
+    panels[2].plot(minutes, memory, color=BLUE, lw=1, label="all processes")
+    panels[2].set(ylabel="memory (MiB, PSS)", ylim=(0, None), xlabel="minutes")
+    for panel in panels:
+        panel.legend(fontsize=7, frameon=False, loc="lower right")
+    save(figure, out, "long_run")
+
+
 # ---- Fig. 5 and 7 ----
 
 
@@ -446,6 +467,8 @@ if __name__ == "__main__":
             folders = sorted(path.parent for path in (ROOT / "results").glob(f"{pattern}/metrics.csv"))
             if folders:
                 draw_curves(args.out, name, folders, title, paper)
+        if (long_run := ROOT / "results" / "aloha" / "long_run").exists():
+            draw_long_run(args.out, long_run)
     if everything or args.latents != Args.latents:
         rows = [row for folder in args.latents for row in latent_pictures(args.out, folder)]
         write_rows(args.out / "latents.csv", "task groups group measure value low high episodes latents".split(), rows)

@@ -1,0 +1,32 @@
+"""Memory of a run, while it runs: a line every half minute, until it ends.
+
+    python tools/watch_memory.py PID memory.csv     # PID: of train_aloha.py, say
+
+Counted is the proportional set size (Linux) of the process and everything it has started: memory that several processes share counts once.
+"""
+
+import csv
+import sys
+import time
+
+import psutil
+
+if __name__ == "__main__":
+    try:
+        parent, path = psutil.Process(int(sys.argv[1])), sys.argv[2]
+    except (IndexError, ValueError, psutil.NoSuchProcess):
+        print("error: give the number of a running process and a file to write, as python tools/watch_memory.py 1234 memory.csv", file=sys.stderr)
+        raise SystemExit(2) from None
+    start = time.monotonic()
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("seconds", "processes", "pss_mib"))
+        while parent.is_running() and parent.status() != psutil.STATUS_ZOMBIE:
+            try:
+                family = [parent, *parent.children(recursive=True)]
+                pss = sum(process.memory_full_info().pss for process in family) / 2**20
+                writer.writerow((f"{time.monotonic() - start:.0f}", len(family), f"{pss:.1f}"))
+                file.flush()
+            except psutil.NoSuchProcess:  # one has just ended
+                pass
+            time.sleep(30)
