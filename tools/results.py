@@ -102,7 +102,7 @@ def publish(path, lines):
     """Write a table to its file, and into README between its markers."""
     path.write_text("\n".join(lines) + "\n")
     readme = ROOT / "README.md"
-    begin, end = f"<!-- results/{path.parent.name}/{path.name} -->\n", "<!-- end -->"
+    begin, end = f"<!-- {path.relative_to(ROOT)} -->\n", "<!-- end -->"
     new = begin + "\n".join(lines) + "\n" + end
     text = readme.read_text()
     if begin in text:
@@ -133,6 +133,23 @@ def write_suites(folder):
         tasks += [",".join([suite, r["task_id"], r["task"], r["policy"] or "not cloned", r["successes"], r["episodes"]]) for r in table if r["task_id"].isdigit()]
     publish(folder / "suites.md", lines)
     (folder / "suites.csv").write_text("\n".join(tasks) + "\n")
+
+
+def write_summary(path):
+    """summary.md: a row a task, base, zero latents and tuned: mean and t interval over seeds, or of one seed Wilson's over episodes."""
+    lines = ["| task | base | zero latents | FPO | seeds | steps | paper, π_0-FPO |", "|" + "---|" * 7]
+    rows = [("ALOHA Transfer Cube", "aloha/seed*", "about 65 %"), ("LIBERO, butter in the tray", "libero/butter_seed*", "78.5 %")]
+    rows += [(name, f"libero/{suite}_seed1", f"{paper} %") for suite, (name, paper) in SUITES.items()]
+    for label, pattern, paper in rows:
+        runs = [evaluations(file) for file in sorted(path.parent.glob(f"{pattern}/eval.csv"))]
+        if not runs:
+            continue
+        lasts = [max((key for key in run if key[0] == "tuned"), key=lambda key: key[1]) for run in runs]
+        before = [f"{100 * np.mean([run[policy, 0]['success'].mean() for run in runs]):.1f} %" for policy in ("base", "zero latents")]
+        finals = [run[last]["success"] for run, last in zip(runs, lasts)]
+        tuned = over_seeds([final.mean() for final in finals]) if len(runs) > 1 else cell(finals[0])
+        lines.append(f"| {label} | {before[0]} | {before[1]} | **{tuned}** | {len(runs)} | {lasts[0][1] / 1e6:.2f} M | {paper} |")
+    publish(path, lines)
 
 
 def write_table_1(folder):
@@ -224,6 +241,7 @@ if __name__ == "__main__":
             write_table(folder, runs, seeds, strict=name == "aloha")
             draw_curve(folder, seeds, title, papers, paper_label)
     write_suites(ROOT / "results" / "libero")
+    write_summary(ROOT / "results" / "summary.md")
     write_table_1(ROOT / "results" / "libero")
     if (ablations := ROOT / "results" / "ablations" / "runs.csv").exists():
         write_ablations(ablations)
