@@ -1,6 +1,6 @@
 """Whatever dies on the way costs at most one iteration: faults in short real runs of train_aloha.py, and what is left afterwards.
 
-    python tools/fault_campaign.py                    # a few minutes; writes results/faults.md
+    python tools/fault_campaign.py                    # five minutes and more; writes results/faults.md
     python tools/fault_campaign.py --tries 20 --only "kill -9 of the parent"
 
 A run of six iterations is made once without a fault. After every fault: no process is left over, the last checkpoint is whole, and the run, resumed where
@@ -41,7 +41,7 @@ TRAIN = str(ROOT / "train_aloha.py")
 
 @dataclass
 class Args:
-    tries: int = 2
+    tries: int = 1
     """tries of every kill -9; a quarter as many, and at least 2, of the other faults that strike at a random moment, 1 of the rest"""
     seed: int = 0
     """seed of the moments"""
