@@ -132,24 +132,30 @@ def draw_curves(out, name, folders, title, paper):
     save(figure, out, name)
 
 
-def draw_long_run(out, folder):
-    """A long run: success, speed and memory. memory.csv: seconds since the start or since a resume, and MiB (tools/watch_memory.py)."""
-    steps, tested, low, high, trained, speed = read_columns(
-        folder / "metrics.csv", "charts/env_steps eval/success eval/success_low eval/success_high charts/success charts/SPS".split()
-    )
-    seconds, memory = read_columns(folder / "memory.csv", ("seconds", "pss_mib"))
-    minutes = np.cumsum(np.clip(np.diff(seconds, prepend=0), 0, None)) / 60  # a resume starts from 0 again
-    at = np.isfinite(tested)
-    figure, panels = plt.subplots(1, 3, figsize=(10, 3.1))
-    panels[0].plot(steps / 1e6, 100 * trained, color=GREEN, lw=0.8, label="last 100 training episodes")
-    panels[0].errorbar(steps[at] / 1e6, 100 * tested[at], 100 * np.abs(np.stack([low, high]) - tested)[:, at], color=BLUE, fmt="o", ms=3, lw=1, label="held-out states, Wilson 95 %")
-    panels[0].set(ylabel="success (%)", ylim=(0, 102), xlabel="environment steps (millions)")
-    panels[1].plot(steps / 1e6, smooth(speed, 20), color=BLUE, lw=1, label="running mean of 20 iterations")
-    panels[1].set(ylabel="control steps a second", ylim=(0, None), xlabel="environment steps (millions)")
-    panels[2].plot(minutes, memory, color=BLUE, lw=1, label="all processes")
-    panels[2].set(ylabel="memory (MiB, PSS)", ylim=(0, None), xlabel="minutes")
+def draw_long_runs(out, folder):
+    """Long runs, a folder each: success and the latents' norm; of those with memory.csv (tools/watch_memory.py) speed and memory too."""
+    figure, panels = plt.subplots(1, 4, figsize=(12, 3))
+    keys = "charts/env_steps eval/success eval/success_low eval/success_high charts/success latent/norm charts/SPS".split()
+    for run, color in zip(sorted((path.parent for path in folder.glob("*/metrics.csv")), reverse=True), (RED, GREEN, BLUE)):
+        steps, tested, low, high, trained, norm, speed = read_columns(run / "metrics.csv", keys)
+        label, at = run.name.replace("_", " "), np.isfinite(tested)
+        panels[0].plot(steps / 1e6, 100 * smooth(trained, 10), color=color, lw=1, label=label)
+        panels[0].errorbar(steps[at] / 1e6, 100 * tested[at], 100 * np.abs(np.stack([low, high]) - tested)[:, at], color=color, fmt="o", ms=3, lw=1)
+        panels[1].plot(steps / 1e6, smooth(norm, 10), color=color, lw=1, label=label)
+        if (run / "memory.csv").exists():
+            seconds, memory = read_columns(run / "memory.csv", ("seconds", "pss_mib"))
+            minutes = np.cumsum(np.clip(np.diff(seconds, prepend=0), 0, None)) / 60  # a resume starts from 0 again
+            panels[2].plot(steps / 1e6, smooth(speed, 20), color=color, lw=1, label=label)
+            panels[3].plot(minutes, memory, color=color, lw=1, label=label)
+    panels[0].set(ylabel="success (%); points: held-out states", ylim=(0, 102))
+    panels[1].set(ylabel="norm of the latents")
+    panels[2].set(ylabel="control steps a second", ylim=(0, None))
+    panels[3].set(ylabel="memory of all processes (MiB)", ylim=(0, None), xlabel="minutes")
+    for panel in panels[:3]:
+        panel.set(xlabel="environment steps (millions)")
     for panel in panels:
-        panel.legend(fontsize=7, frameon=False, loc="lower right")
+        panel.legend(fontsize=6, frameon=False, loc="upper left" if panel is panels[1] else "lower right")
+    figure.suptitle("ALOHA, seed 1: running means of 10 iterations (speed: 20); intervals: Wilson 95 %, 100 episodes", fontsize=9)
     save(figure, out, "long_run")
 
 
@@ -467,8 +473,8 @@ if __name__ == "__main__":
             folders = sorted(path.parent for path in (ROOT / "results").glob(f"{pattern}/metrics.csv"))
             if folders:
                 draw_curves(args.out, name, folders, title, paper)
-        if (long_run := ROOT / "results" / "aloha" / "long_run").exists():
-            draw_long_run(args.out, long_run)
+        if (long_runs := ROOT / "results" / "long_run").exists():
+            draw_long_runs(args.out, long_runs)
     if everything or args.latents != Args.latents:
         rows = [row for folder in args.latents for row in latent_pictures(args.out, folder)]
         write_rows(args.out / "latents.csv", "task groups group measure value low high episodes latents".split(), rows)
