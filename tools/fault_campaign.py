@@ -189,8 +189,15 @@ def interrupt(folder, name, whole, sign, when):
 
 def at_random(sign):
     def fault(folder, name, moment, whole, seconds, rng):
-        start = time.monotonic()  # after the first checkpoint: before it, Python may still be importing
-        interrupt(folder, name, whole, sign, lambda run: (run.path / "last.pt").exists() and time.monotonic() - start > (0.4 + 0.5 * moment) * seconds)
+        done, share = divmod(4 * moment, 1)  # after so many iterations and the first: before it, Python may still be importing
+        seen = []
+
+        def due(run):
+            if not seen and run.iterations() > done:
+                seen.append(time.monotonic())
+            return bool(seen) and time.monotonic() > seen[0] + 0.5 * share
+
+        interrupt(folder, name, whole, sign, due)
 
     return fault
 
