@@ -120,7 +120,7 @@ class Args:
     advantage_limit: float = 0.0
     """standardised advantages below minus this count as minus this; 0 is off (D4)"""
     advantage_floor: float = 0.0
-    """least standard deviation by which Â is divided, in units of the return; 0 is off (D4)"""
+    """least standard deviation by which Â is divided, in units of the return; 0 is off, 0.3 is for runs of several million steps (D4)"""
     latent_dim: int | None = None
     """D, components of the base's noise that the actor steers, the first ones; all if left out (D12)"""
     shuffle_advantages: bool = False
