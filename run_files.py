@@ -177,9 +177,9 @@ def resumed_args(cls, folder, argv=None, free=("resume", "total_env_steps", "num
 
 @contextlib.contextmanager
 def clean_end(script, folder):
-    """Ctrl-C, SIGTERM, dead simulators and a file that cannot be written end the program with one sentence that says how to go on. -> the signals so far, a list:
-    Python drops what a signal raises while something is being destroyed, so look there now and then."""
-    interrupts = []
+    """Ctrl-C, SIGTERM, dead simulators and a file that cannot be written end the program with one sentence that says how to go on.
+    -> the signals so far, a list: Python drops what a signal raises while something is being destroyed, so look there now and then."""
+    interrupts, resume, saved = [], f"python {script} --resume {folder}", (folder / "last.pt").exists
 
     def interrupt(number, _):
         interrupts.append(number)
@@ -190,13 +190,12 @@ def clean_end(script, folder):
     try:
         yield interrupts
     except KeyboardInterrupt:
-        saved_one = (folder / "last.pt").exists()
-        say(f"\nstopped. To go on: python {script} --resume {folder}" if saved_one else "\nstopped before the first checkpoint")
+        say(f"\nstopped. To go on: {resume}" if saved() else "\nstopped before the first checkpoint")
         raise SystemExit(130) from None
     except ChildProcessError as error:
-        stop(f"{error}. " + (f"Then: python {script} --resume {folder}" if (folder / "last.pt").exists() else "No checkpoint was written yet"), code=1)
+        stop(f"{error}. {f'Then: {resume}' if saved() else 'No checkpoint was written yet'}", code=1)
     except OSError as error:  # a full disk, say; files are written whole or not at all
-        stop(f"{error.filename or folder} cannot be written ({error.strerror}); make room, then go on with python {script} --resume {folder}", code=1)
+        stop(f"{error.filename or folder} cannot be written ({error.strerror}); make room, then go on with {resume}", code=1)
 
 
 class RunLogs:

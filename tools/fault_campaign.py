@@ -318,7 +318,7 @@ if __name__ == "__main__":
 
         def attempt(number, name, i):
             """One try; its moment depends on the seed, the fault and the try alone. -> whether it was survived"""
-            rng = np.random.default_rng([args.seed, list(FAULTS).index(name), i])
+            rng = np.random.default_rng([args.seed, number, i])
             try:
                 FAULTS[name][0](folder, f"fault{number}_{i}", rng.random(), undisturbed.path, seconds, rng)
                 return True
@@ -330,14 +330,16 @@ if __name__ == "__main__":
                 bar.update()
 
         tries = {name: [pool.submit(attempt, number, name, i) for i in range(count(args.tries))]
-                 for number, (name, (_, count)) in enumerate(chosen.items())}  # fmt: skip
+                 for number, (name, (_, count)) in enumerate(FAULTS.items()) if name in chosen}  # fmt: skip
         survived = {name: [one.result() for one in several] for name, several in tries.items()}
         bar.close()
     lines = ["| fault | tries | survived |", "|---|---|---|", *(f"| {name} | {len(k)} | {sum(k)} |" for name, k in survived.items())]
     failures = sum(len(k) - sum(k) for k in survived.values())
     if args.only is None:
         command = f"python tools/fault_campaign.py --tries {args.tries} --seed {args.seed} --at-once {args.at_once}"
-        write_atomically(args.out, ("\n".join([*lines, "", f"`{command}`, {(time.monotonic() - start) / 60:.0f} minutes. Survived: see the top of the tool."]) + "\n").encode())
+        minutes = (time.monotonic() - start) / 60
+        text = "\n".join([*lines, "", f"`{command}`, {minutes:.0f} minutes. Survived: see the top of the tool."]) + "\n"
+        write_atomically(args.out, text.encode())
     print("\n".join(lines))
     if failures:
         stop(f"{failures} faults were not survived; see above", code=1)

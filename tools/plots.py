@@ -136,7 +136,7 @@ def draw_long_runs(out, folder):
     """Long runs, a folder each: success and the latents' norm; of those with memory.csv (tools/watch_memory.py) speed and memory too."""
     figure, panels = plt.subplots(1, 4, figsize=(12, 3))
     keys = "charts/env_steps eval/success eval/success_low eval/success_high charts/success latent/norm charts/SPS".split()
-    for run, color in zip(sorted((path.parent for path in folder.glob("*/metrics.csv")), reverse=True), (RED, GREEN, BLUE)):
+    for run, color in zip(sorted((path.parent for path in folder.glob("*/metrics.csv")), reverse=True), (RED, GREEN, BLUE, GREY)):
         steps, tested, low, high, trained, norm, speed = read_columns(run / "metrics.csv", keys)
         label, at = run.name.replace("_", " "), np.isfinite(tested)
         panels[0].plot(steps / 1e6, 100 * smooth(trained, 10), color=color, lw=1, label=label)

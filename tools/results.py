@@ -66,6 +66,11 @@ def evaluations(path):
     return {key: {name: v if name == "episode" else np.array(v) for name, v in columns.items()} for key, columns in episodes.items()}
 
 
+def last_evaluation(run, policy="tuned"):
+    """(policy, env_steps) of a policy's last evaluation, None if it was never evaluated. run: of `evaluations`."""
+    return max((key for key in run if key[0] == policy), key=lambda key: key[1], default=None)
+
+
 def cell(successes):
     """A success rate with its interval, as a cell of a table. successes: (n,)"""
     return rate(successes.sum(), len(successes)).strip().replace(" %  ", " % ")
@@ -74,13 +79,13 @@ def cell(successes):
 def table_row(name, run):
     """One line of the table: base, zero latents and the last evaluation of one run, on the same initial states."""
     base, zero = run["base", 0], run["zero latents", 0]
-    tuned = [run[key] for key in run if key[0] == "tuned"]
-    steps, last = max(key[1] for key in run if key[0] == "tuned"), tuned[-1]
+    final = last_evaluation(run)
+    last = run[final]
     before = dict(zip(base["episode"], base["success"]))  # an evaluation of fewer episodes plays some of these
     before = np.array([before[episode] for episode in last["episode"]])
     fixed, broken = (last["success"] > before).sum(), (last["success"] < before).sum()
-    lowest = min(t["success"].mean() for t in tuned)
-    cells = [name, f"{steps / 1e6:.2f} M", cell(base["success"]), cell(zero["success"]), f"**{cell(last['success'])}**", cell(last["strict"]),
+    lowest = min(run[key]["success"].mean() for key in run if key[0] == "tuned")
+    cells = [name, f"{final[1] / 1e6:.2f} M", cell(base["success"]), cell(zero["success"]), f"**{cell(last['success'])}**", cell(last["strict"]),
              f"{100 * lowest:.0f} %", str(fixed), str(broken)]  # fmt: skip
     return "| " + " | ".join(cells) + " |"
 
@@ -92,7 +97,7 @@ def write_table(folder, runs, seeds, strict):
         lines.append(table_row(name.replace("seed", "seed ").replace("_", " "), runs[name]))
     if not strict:
         lines = ["|".join(cell for i, cell in enumerate(line.split("|")) if i != 6) for line in lines]
-    final = np.array([run[max((k for k in run if k[0] == "tuned"), key=lambda k: k[1])]["success"].mean() for run in seeds.values()])
+    final = np.array([run[last_evaluation(run)]["success"].mean() for run in seeds.values()])
     if len(final) > 1:
         lines += ["", f"Mean of the last evaluation over {len(final)} seeds: **{over_seeds(final)}** (95 % t interval over seeds)."]
     publish(folder / "table.md", lines)
@@ -119,7 +124,7 @@ def write_suites(folder):
         if not run_folder.exists():
             continue
         run = evaluations(run_folder / "eval.csv")
-        last = max((key for key in run if key[0] == "tuned"), key=lambda key: key[1])
+        last = last_evaluation(run)
         policies = [run["base", 0], run["zero latents", 0], run[last]]
         before, after = policies[0]["success"], policies[2]["success"]
         assert policies[0]["episode"] == policies[1]["episode"] == policies[2]["episode"]
@@ -144,7 +149,7 @@ def write_summary(path):
         runs = [evaluations(file) for file in sorted(path.parent.glob(f"{pattern}/eval.csv"))]
         if not runs:
             continue
-        lasts = [max((key for key in run if key[0] == "tuned"), key=lambda key: key[1]) for run in runs]
+        lasts = [last_evaluation(run) for run in runs]
         before = [f"{100 * np.mean([run[policy, 0]['success'].mean() for run in runs]):.1f} %" for policy in ("base", "zero latents")]
         finals = [run[last]["success"] for run, last in zip(runs, lasts)]
         tuned = over_seeds([final.mean() for final in finals]) if len(runs) > 1 else cell(finals[0])
@@ -162,7 +167,7 @@ def write_table_1(folder):
         for suite in SUITES:
             path = folder / f"{suite}_seed1" / "eval.csv"
             run = evaluations(path) if path.exists() else {}
-            last = max((key for key in run if key[0] == policy), key=lambda key: key[1], default=None)
+            last = last_evaluation(run, policy)
             shares.append(100 * run[last]["success"].mean() if last else None)
         cells = [cell for share in shares for cell in (f"{share:.1f}" if share is not None else "–", "–")]
         rows.append([label, *cells, f"{np.mean(shares):.1f}" if None not in shares else "–", "–"])

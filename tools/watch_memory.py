@@ -8,15 +8,19 @@ Counted is the proportional set size (Linux) of the process and everything it ha
 import csv
 import sys
 import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import psutil
+
+from run_files import stop
 
 if __name__ == "__main__":
     try:
         parent, path = psutil.Process(int(sys.argv[1])), sys.argv[2]
     except (IndexError, ValueError, psutil.NoSuchProcess):
-        print("error: give the number of a running process and a file to write, as python tools/watch_memory.py 1234 memory.csv", file=sys.stderr)
-        raise SystemExit(2) from None
+        stop("give the number of a running process and a file to write, as python tools/watch_memory.py 1234 memory.csv")
     start = time.monotonic()
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
