@@ -104,10 +104,11 @@ def write_table(folder, runs, seeds, strict):
 
 
 def publish(path, lines):
-    """Write a table to its file, and into README between its markers."""
+    """Write a table to its file, and into README if it has markers for that file."""
     path.write_text("\n".join(lines) + "\n")
     readme = ROOT / "README.md"
-    begin, end = f"<!-- {path.relative_to(ROOT)} -->\n", "<!-- end -->"
+    place = path.resolve()
+    begin, end = f"<!-- {place.relative_to(ROOT) if place.is_relative_to(ROOT) else place} -->\n", "<!-- end -->"
     new = begin + "\n".join(lines) + "\n" + end
     text = readme.read_text()
     if begin in text:
