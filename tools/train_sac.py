@@ -221,7 +221,7 @@ if __name__ == "__main__":
                 q = critic(b["s"], x_new).min(0).values
                 loss_actor = (alpha * log_new - q).mean()
                 actor_optimizer.zero_grad()
-                loss_actor.backward()
+                loss_actor.backward(inputs=list(actor.parameters()))  # the critics' own gradients are not wanted here
                 actor_optimizer.step()
                 loss_alpha = -(log_alpha * (log_new.detach() + args.target_entropy * D)).mean()
                 alpha_optimizer.zero_grad()
