@@ -212,7 +212,6 @@ class Simulator:
 
     def _place(self, seed):
         """Draw articulation and poses of everything as BDDLBaseDomain._reset_internal does, from a generator of our own."""
-        from libero.libero.envs.regions.object_property_sampler import OpenCloseSampler
         from robosuite.utils.errors import RandomizationError
 
         env, data = self.env, self.data
@@ -505,6 +504,7 @@ def play_episodes(workers, task_ids, starts, act, record=False):
         alive = np.array([i for i in alive if length[i] < limit and not diverged[i] and not success[i]], int)
         if workers.pictures:
             observations[np.setdiff1d(range(n), alive)] = None  # nothing to look at, and nothing to decode
+    length[~success] = limit  # of one that diverged too
     frames = [np.concatenate(f) for f in frames] if record else None
     return dict(success=success, length=length, diverged=diverged, decisions=decisions, frames=frames)
 

@@ -67,8 +67,8 @@ class QEnsemble(nn.Module):
         nn.init.zeros_(self.layers[-1].bias)
 
     def forward(self, s, x):
-        h = torch.cat([s, x], -1)
-        return self.layers(h.expand(self.num_critics, *h.shape)).squeeze(-1)
+        h = torch.cat([s, x], -1)  # (B, S + D)
+        return self.layers(h.expand(self.num_critics, *h.shape)).squeeze(-1)  # (M, B, S + D) -> (M, B, 1) -> (M, B)
 
 
 @torch.no_grad()

@@ -52,33 +52,34 @@ def fpo_loss(
     ratio="standardized",
     age=None,
     clip=True,
+    advantage_floor=0.0,
+    advantage_limit=0.0,
+    loss_cap=0.0,
     self_anchor=0.0,
     cfm_anchor=None,
-    prior_anchor=0.0,
-    cfm_prior=None,
-    loss_cap=0.0,
-    advantage_limit=0.0,
     velocity_anchor=0.0,
     departure=None,
-    advantage_floor=0.0,
+    prior_anchor=0.0,
+    cfm_prior=None,
 ):
     """Eq. 4 with Eq. 2 and Eq. 3, plus the stabilisers of D4. Inputs (B,), returns the scalar loss and a dict of logs.
 
     cfm: ℓ_cfm(x^(K) | s; θ), with gradient. cfm_init: the same draws under the actor that collected the sample.
     adv: advantages; standardised here, over the minibatch.
+    beta, sigma_floor, ratio, age: of Eq. 3, see ratio_from_cfm. clip_eps, clip: ε of Eq. 4; clip=False leaves the clip out.
     advantage_floor: their standard deviation counts as at least this. Where nearly every episode succeeds, advantages are the
         critics' noise; standardising would blow it up to the size of a signal, and the actor would drift away for ever.
-    self_anchor κ: + κ (β/σ) mean ℓ_cfm(x^(0) | s; θ), `cfm_anchor` where x^(0) differs from the executed x^(K) (D6).
-        On-policy its expected gradient is zero where the actor fits its own samples, so it does not bias the policy
-        gradient, but it supplies the curvature that Eq. 3 throws away: z does not change under Δ → aΔ + b, hence the
-        clip cannot see how far the actor has moved.
-    prior_anchor κ_0: + κ_0 (β/σ) mean ℓ_cfm(x ~ N(0, I) | s; θ), given as `cfm_prior`: stay on the base's support.
-    velocity_anchor κ_v: + κ_v (β/σ) mean |v_θ - v*|², given as `departure`: stay close to the base's prior, measured where
-        the actor goes. Unlike κ_0 it does not ask for latents that have been found to fail.
     advantage_limit: standardised advantages below -limit count as -limit. With limit = κ no sample's total weight
         β/σ (m ρ A + κ) is negative at ρ = 1: nothing is un-fitted, which is what inflates the latents once failures are rare and
         their standardised advantages therefore large.
     loss_cap: no push on a sample with A < 0 whose loss already exceeds the cached one by this much.
+    self_anchor κ: + κ (β/σ) mean ℓ_cfm(x^(0) | s; θ), `cfm_anchor` where x^(0) differs from the executed x^(K) (D6).
+        On-policy its expected gradient is zero where the actor fits its own samples, so it does not bias the policy
+        gradient, but it supplies the curvature that Eq. 3 throws away: z does not change under Δ → aΔ + b, hence the
+        clip cannot see how far the actor has moved.
+    velocity_anchor κ_v: + κ_v (β/σ) mean |v_θ - v*|², given as `departure`: stay close to the base's prior, measured where
+        the actor goes. Unlike κ_0 it does not ask for latents that have been found to fail.
+    prior_anchor κ_0: + κ_0 (β/σ) mean ℓ_cfm(x ~ N(0, I) | s; θ), given as `cfm_prior`: stay on the base's support.
     """
     adv = (adv - adv.mean()) / (adv.std(correction=0) + 1e-8).clamp_min(advantage_floor)
     if advantage_limit > 0:
@@ -94,10 +95,10 @@ def fpo_loss(
     slope = beta / sigma
     if self_anchor > 0:
         loss = loss + self_anchor * (slope * (cfm if cfm_anchor is None else cfm_anchor)).mean()
-    if prior_anchor > 0:
-        loss = loss + prior_anchor * (slope * cfm_prior).mean()
     if velocity_anchor > 0:
         loss = loss + velocity_anchor * (slope * departure).mean()
+    if prior_anchor > 0:
+        loss = loss + prior_anchor * (slope * cfm_prior).mean()
     with torch.no_grad():
         outside = ((adv > 0) & (rho > 1 + clip_eps)) | ((adv < 0) & (rho < 1 - clip_eps))
         info = dict(
@@ -105,7 +106,7 @@ def fpo_loss(
             ratio_mean=rho.mean(),
             ratio_std=rho.std(correction=0),
             clip_fraction=outside.float().mean(),
-            floor_share=(sigma <= sigma_floor).float().mean(),  # 1: Eq. 3 acts as an unstandardised ratio here (D2)
+            floor_share=(sigma <= sigma_floor).float().mean(),  # 1: Eq. 3 acts as an unstandardised ratio here (D2); of no meaning if raw
             delta_mean=delta.mean(),
             delta_std=delta.std(correction=0),
             cfm_loss=cfm.mean(),

@@ -71,7 +71,7 @@ class Args:
     critic_epochs: int = 12
     """passes of the critics over the buffer an iteration (D11)"""
     actor_epochs: int = 4
-    """passes of the actor over the buffer an iteration; K_update of Algorithm 1 is these times the minibatches"""
+    """passes of the actor over the buffer an iteration; K_update of Algorithm 1 is this many passes times the minibatches in one"""
     minibatch_size: int = 160
     """samples of one gradient step"""
     actor_lr: float = 3e-4
@@ -87,7 +87,7 @@ class Args:
     no_clip: bool = False
     """leave the clip of Eq. 4 out (Table II)"""
     explore_steps: int = 0
-    """K of Eq. 7, latent exploration steps in training; 1 needs --explore-grid end, for at τ = 1/2 the first field is zero (D6)"""
+    """K of Eq. 7, latent exploration steps in training; 1 needs --explore-grid end, for at τ = 1/2 the untrained actor's field is zero (D6)"""
     explore_eta: float = 0.05
     """η of Eq. 7, their size"""
     explore_grid: Literal["midpoint", "end"] = "midpoint"
@@ -129,7 +129,7 @@ class Args:
     shuffle_advantages: bool = False
     """permute the advantages: a control that must not learn (D14)"""
     literal: bool = False
-    """the paper to the letter: σ floor 1e-8, no stabiliser, stored value latents"""
+    """D2, D4 and D5 as the paper's words have them: σ floor 1e-8, no stabiliser but the falling learning rate, stored value latents"""
     base: Literal["embedded", "pi0"] = "embedded"
     """the frozen base policy π_0: the small flow policy that ships in weights/, or π_0 itself through lerobot"""
     weights: str | None = None
@@ -167,9 +167,12 @@ if __name__ == "__main__":
     elif ranks.RESTARTS and args.run_name and (Path("runs") / args.run_name / "last.pt").exists():
         args = resumed_args(Args, f"runs/{args.run_name}", argv=[])  # torchrun --max-restarts: a rank has died
     if args.literal:
-        args.sigma_floor, args.value_latents = 1e-8, "stored"
-        args.self_anchor = args.prior_anchor = args.drift_limit = args.loss_cap = 0.0
-        args.velocity_anchor = args.advantage_limit = args.advantage_floor = 0.0
+        literal = dict(sigma_floor=1e-8, value_latents="stored", self_anchor=0.0, prior_anchor=0.0, velocity_anchor=0.0, drift_limit=0.0,
+                       loss_cap=0.0, advantage_limit=0.0, advantage_floor=0.0)  # fmt: skip
+        for name, value in literal.items():
+            if getattr(args, name) not in (getattr(Args, name), value):
+                stop(f"--{name.replace('_', '-')} is {getattr(args, name)}, but --literal sets it to {value}; leave one of the two flags out")
+            setattr(args, name, value)
     if args.base == "pi0" and args.checkpoint and not args.checkpoint.endswith(".pt"):
         args.weights, args.checkpoint = args.checkpoint, None
     if args.task_ids is None:
@@ -213,7 +216,8 @@ if __name__ == "__main__":
         stop(f"--num-envs is {E}, so that some of the {len(covered)} tasks would never be trained; give at least {len(covered)}, or fewer --task-ids")
     if E % WORLD:
         stop(f"--num-envs is {E}, which {WORLD} ranks cannot share evenly; give a multiple of {WORLD}")
-    own = slice(RANK * E // WORLD, (RANK + 1) * E // WORLD)  # this rank's m of the E environments; all of them without torchrun
+    # this rank's m of the E environments. In one process [own] takes them all, and ranks.spread, .whole and .gathered change nothing
+    own = slice(RANK * E // WORLD, (RANK + 1) * E // WORLD)
     D = args.latent_dim or base.latent_dim
     if D > base.latent_dim:
         stop(f"--latent-dim is {D}, but the base in {weights} has {base.latent_dim} latent dimensions; give at most that")
@@ -234,7 +238,8 @@ if __name__ == "__main__":
         flag, path = ("--checkpoint", args.checkpoint) if args.eval_only else ("--resume", Path(args.resume) / "last.pt")
         saved = load_checkpoint(path, flag, task)
         if saved["latent_dim"] != D or saved["weights_sha256"] != base.sha256:
-            stop(f"{flag}: {path} was trained on another base or latent dimension than {weights}; name that base with --weights")
+            stop(f"{flag}: {path} was trained on another base than {weights}, or steers {saved['latent_dim']} latent dimensions and not {D}; "
+                 "name that base with --weights, that number with --latent-dim")  # fmt: skip
         actor.load_state_dict(saved["actor"])
         env_steps = saved["env_steps"]
 
@@ -274,7 +279,8 @@ if __name__ == "__main__":
                 x = actor.sample(s, args.flow_steps, noise=x)
             elif policy == "zero latents":
                 x = torch.zeros_like(x)
-            drawn.append(torch.stack([x, actor.explore(x, s, args.explore_steps, args.explore_eta, args.explore_grid)], 1).cpu().numpy())
+            explored = actor.explore(x, s, args.explore_steps, args.explore_eta, args.explore_grid)  # to be recorded: x itself is executed
+            drawn.append(torch.stack([x, explored], 1).cpu().numpy())
             return base.decode(context, base.to_noise(ranks.spread(x, mine, len(tasks)), noise)[mine]).cpu().numpy()
 
         result = play_episodes(workers, tasks[mine], [official(i) for i in episodes[mine]], act, record) if len(mine) else None
@@ -352,22 +358,22 @@ if __name__ == "__main__":
             # ---- rollout phase (lines 3-12); θ_old is θ, for nothing changes it here ----
             rows = []
             for t in range(args.rollout_decisions):
-                noise = torch.randn(E, D, generator=generator, device=device)[own]
-                x_0 = actor.sample(s_t, args.flow_steps, noise=noise)  # line 7: x^(0) ~ π_θ(· | s)
-                x_K = actor.explore(x_0, s_t, args.explore_steps, args.explore_eta, args.explore_grid)  # Eq. 7
-                w = base.to_noise(ranks.spread(x_K, own, E), generator)[own]
-                a = base.decode(context, w)  # line 8
+                noise = torch.randn(E, D, generator=generator, device=device)[own]  # (m, D), as x0 and x
+                x0 = actor.sample(s_t, args.flow_steps, noise=noise)  # line 7: x^(0) ~ π_θ(· | s)
+                x = actor.explore(x0, s_t, args.explore_steps, args.explore_eta, args.explore_grid)  # Eq. 7: x^(K), which is executed
+                w = base.to_noise(ranks.spread(x, own, E), generator)[own]  # the base's noise, (m, …)
+                a = base.decode(context, w)  # line 8, (m, chunk steps, A)
                 step = envs.step(a.cpu().numpy())  # line 9
                 # D8: reward 1 at the first success; a decision's reward is Σ_{j<h'} γ^j r_{t+j}, its bootstrap factor γ^h'
-                r = step["success"] * args.gamma ** (step["num_steps"] - 1.0)
+                r = step["success"] * args.gamma ** (step["num_steps"] - 1.0)  # (m,)
                 ended = step["terminated"] | step["truncated"]
                 # every observation is encoded once: s' is the next decision's s, but where an episode ended and another began
                 s_after, context = base.encode(envs.observations)  # line 6, for the next decision
-                s_next = s_after.clone()
+                s_next = s_after.clone()  # (m, S)
                 if ended.any():
                     s_next[np.flatnonzero(ended)] = base.encode(step["last_observation"][ended])[0]
                 column = lambda values: torch.as_tensor(values, dtype=torch.float32, device=device)
-                rows.append(dict(s=s_t, x0=x_0, x=x_K, s_next=s_next, r=column(r), discount=column(args.gamma ** step["num_steps"]),
+                rows.append(dict(s=s_t, x0=x0, x=x, s_next=s_next, r=column(r), discount=column(args.gamma ** step["num_steps"]),
                                  terminated=column(step["terminated"]), ended=column(ended)))  # fmt: skip
                 s_t = s_after
                 for i in np.flatnonzero(ended):
@@ -395,8 +401,9 @@ if __name__ == "__main__":
 
             # ---- update phase (lines 13-28); D13: first all critic epochs, then the advantages once, then the actor ----
             # samples of all W iterations one after the other: (W T m, …) here, over all ranks (n,); m environments a rank, E over all
-            s, s_next, x, x0 = (buffer.flat(key) for key in ("s", "s_next", "x", "x0"))
+            s, s_next, x, x0 = (buffer.flat(key) for key in ("s", "s_next", "x", "x0"))  # (W T m, S or D)
             r, discount, terminated, u, eps = (buffer.flat(key) for key in ("r", "discount", "terminated", "u", "eps"))
+            losses_critic = []
             n, J = len(r) * WORLD, FRESH_LATENTS
             # lines 17-18: x' ~ π_θ(· | s'); θ rests during the critic epochs, so J latents a state serve Eq. 5 and V (D5)
             noise = torch.randn(2 * n * J, D, generator=generator, device=device).view(2, -1, E, J, D)[:, :, own].reshape(-1, D)  # of (s | s', W T, m, J)
@@ -413,6 +420,7 @@ if __name__ == "__main__":
                     ranks.sum_gradients(critic)
                     critic_optimizer.step()
                     polyak_update(target, critic, args.tau)  # line 21
+                    losses_critic.append(loss_critic.detach())
 
             # line 26: V and GAE on whole trajectories, one iteration of the window after the other
             v, v_next = fresh_value(critic, s, x_fresh), fresh_value(critic, s_next, x_next_fresh)
@@ -434,8 +442,8 @@ if __name__ == "__main__":
             # lines 22-27: the actor
             if args.anneal_lr:  # late steps would only move the latents about: the drift of D4
                 actor_optimizer.param_groups[0]["lr"] = args.actor_lr * max(0.0, 1 - steps_before / args.total_env_steps)
-            infos, actor_steps, stopped = [], 0, iteration <= args.critic_warmup  # D11: the critics alone at first, on the same random stream
-            for epoch in range(args.actor_epochs):
+            infos, actor_steps, stopped = [], 0, iteration <= args.critic_warmup  # D11: the critics alone at first
+            for epoch in range(args.actor_epochs):  # drawn in the warm-up too, so that all later draws are the same with and without it
                 for i in torch.randperm(n, generator=generator, device=device).split(args.minibatch_size):
                     if stopped or len(i) < 2:
                         break
@@ -450,9 +458,9 @@ if __name__ == "__main__":
                     cfm, departure, cfm_anchor, cfm_prior = ranks.whole(torch.stack([cfm, departure, cfm_anchor, cfm_prior]), mine, len(i))
                     loss_actor, info = fpo_loss(  # lines 23-25 and 27: Eq. 2, 3, 4
                         cfm, cfm_init[i], adv[i], args.beta, args.clip_eps, sigma_floor, args.ratio, age[i], clip=not args.no_clip,
+                        advantage_floor=args.advantage_floor, advantage_limit=args.advantage_limit, loss_cap=args.loss_cap,
                         self_anchor=args.self_anchor, cfm_anchor=cfm_anchor, velocity_anchor=args.velocity_anchor, departure=departure,
-                        prior_anchor=args.prior_anchor, cfm_prior=cfm_prior, loss_cap=args.loss_cap,
-                        advantage_limit=args.advantage_limit, advantage_floor=args.advantage_floor,
+                        prior_anchor=args.prior_anchor, cfm_prior=cfm_prior,
                     )  # fmt: skip
                     infos.append(dict(info, actor=loss_actor.detach()))
                     drift = (cfm_init[i] - cfm.detach())[age[i] == 0]  # D4, the KL stop of this algorithm; older samples show earlier drift
@@ -465,7 +473,7 @@ if __name__ == "__main__":
                     torch.nn.utils.clip_grad_norm_(actor.parameters(), 1.0)
                     actor_optimizer.step()
                     actor_steps += 1
-            loss_critic = sum(ranks.gathered(loss_critic.item()))
+            loss_critic = sum(ranks.gathered(torch.stack(losses_critic).mean().item()))
             if not (math.isfinite(loss_critic) and all(torch.isfinite(info["actor"]) for info in infos)):
                 stop(f"a loss became NaN or infinite in iteration {iteration}; the last good checkpoint is {folder / 'last.pt'}. "
                      "Start a new run with a lower --actor-lr or --critic-lr, or with --drift-limit 0.05", code=1)  # fmt: skip
@@ -475,10 +483,9 @@ if __name__ == "__main__":
             # ---- log ----
             with torch.no_grad():
                 q = critic(s, x)
-            x_K = ranks.whole(batch["x"].movedim(1, -1), own, E)  # (T, D, E)
-            # numbers of this rank's own, to be averaged over the ranks
-            own_means = {"critic/q_mean": q.mean(), "critic/q_spread": q.std(0).mean(),
-                         "latent/explore_shift": (batch["x"] - batch["x0"]).norm(dim=-1).mean()}  # fmt: skip
+            executed = ranks.whole(batch["x"].movedim(1, -1), own, E).movedim(1, -1)  # (T, E, D)
+            own_means = torch.stack([q.mean(), q.std(0).mean(), (batch["x"] - batch["x0"]).norm(dim=-1).mean()])  # of this rank
+            q_mean, q_spread, explore_shift = np.mean(ranks.gathered(own_means.tolist()), 0)
             mean = lambda values: float(np.mean(values)) if len(values) else ""
             row = {"iteration": iteration, "charts/env_steps": env_steps, "charts/success": mean(recent),
                    "charts/return": mean([e[4] for e in ended_episodes]), "charts/episode_length": mean([e[3] for e in ended_episodes]),
@@ -486,9 +493,9 @@ if __name__ == "__main__":
                    "charts/SPS": (env_steps - steps_before) / (rollout_seconds + update_seconds), "charts/rollout_seconds": rollout_seconds,
                    "charts/update_seconds": update_seconds, "losses/critic": loss_critic / args.num_critics, "losses/actor_steps": actor_steps,
                    "critic/explained_variance": explained_variance.item(), "critic/advantage_std": adv.std().item(),
-                   "latent/norm": x_K.norm(dim=1).mean().item(), "latent/std": x_K.movedim(1, -1).flatten(0, 1).std(0).mean().item(),
-                   "latent/mean_abs": x_K.mean((0, 2)).abs().mean().item()}  # fmt: skip
-            row.update({key: mean(values) for key, *values in zip(own_means, *ranks.gathered([v.item() for v in own_means.values()]))})
+                   "critic/q_mean": q_mean, "critic/q_spread": q_spread, "latent/explore_shift": explore_shift,
+                   "latent/norm": executed.norm(dim=-1).mean().item(), "latent/std": executed.flatten(0, 1).std(0).mean().item(),
+                   "latent/mean_abs": executed.mean((0, 1)).abs().mean().item()}  # fmt: skip
             for key in ("actor", "surrogate", "ratio_mean", "ratio_std", "clip_fraction", "floor_share", "delta_mean", "delta_std", "cfm_loss"):
                 row[f"losses/{key}"] = torch.stack([info[key] for info in infos]).mean().item() if infos else ""
 

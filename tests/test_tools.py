@@ -114,7 +114,7 @@ def test_monotonicity_end_to_end(tmp_path):
     assert result.returncode == 0, result.stderr
     with open(tmp_path / "no_stabilisers_seed1.csv") as file:
         assert len(file.readlines()) >= 2
-    assert "spearman" in result.stdout and (tmp_path / "monotonicity.png").stat().st_size > 10_000
+    assert "spearman" in result.stdout and (tmp_path / "seed1.png").stat().st_size > 10_000
 
 
 def test_pictures_of_a_finished_run(tmp_path):
@@ -172,6 +172,7 @@ def test_the_queue_lists_its_commands():
     ("fault_campaign", ["--tries", "0"], ["--tries is 0"]),
     ("train_cloning", ["--updates", "0"], ["--updates is 0"]),
     ("train_sac", ["--tau", "2"], ["--tau is 2"]),
+    ("train_sac", ["--bound", "0"], ["--bound is 0"]),
     ("plots", ["--latents", "nowhere", "--out", "."], ["--latents", "nowhere"]),
     ("plots", ["--exploration", "nowhere", "--out", "."], ["--exploration", "nowhere"]),
     ("plots", ["--exploration", str(ROOT / "results" / "aloha" / "seed1"), "--out", "."], ["has no perturbations", "--explore-steps"]),

@@ -4,15 +4,18 @@
     python tools/check_monotonicity.py --total-env-steps 200000 --every 2
 
 The latent space is small, so the exact log π_θ(x | s) is computable: x is carried back to the noise along the actor's own flow, and
-log π_θ(x | s) = log N(x(0); 0, I) - ∫ ∇·v_θ du (Chen et al. 2018), with the exact divergence. Every iteration of a run, on the latents of its rollout,
+log π_θ(x | s) = log N(x(0); 0, I) - ∫ ∇·v_θ du (Chen et al. 2018), with the exact divergence. That is the density of the continuous flow; a
+rollout samples it in 8 steps, which are a little off. Every iteration of a run, on the latents of its rollout,
 compares Δℓ of Eq. 2 with log π_θ - log π_θold, θ_old and θ the actor before and after the update. Spearman's rank correlation, twice: with the 16
 draws of Eq. 2 that the update used, and with 256 others, to tell the estimator's noise from the assumption itself. It also fits log π's rise by
-D/2 · Δℓ, the slope behind the floor of D2. Results: results/monotonicity/<name>.csv, and a picture beside them.
+D/2 · Δℓ, the slope behind the floor of D2. Results: results/monotonicity/<name>_seed<seed>.csv, and a picture.
 """
 
+import csv
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +85,8 @@ def log_density(actor, x, s, steps):
 
 def record(folder, command):
     """Run `command`, which writes folder/last.pt after every iteration, and keep all of those as hard links. -> their paths, in order."""
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    output = tempfile.TemporaryFile("w+")  # a pipe that nobody reads would fill up, and stop the run
+    child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
     source, kept, seen = folder / "last.pt", [], None
     try:
         ended = False
@@ -93,8 +97,12 @@ def record(folder, command):
                 kept.append(folder / f"iteration{len(kept):04d}.pt")
                 os.link(source, kept[-1])
             time.sleep(0.2)
-        if child.returncode and len(kept) < 3:
-            stop(f"the run ended with code {child.returncode}: {child.stderr.read()[-300:]}", code=1)
+        output.seek(0)
+        said = output.read()[-1000:]
+        if child.returncode and "a loss became NaN or infinite" not in said:
+            stop(f"the run in {folder} ended with code {child.returncode}: {said}", code=1)
+        if child.returncode:
+            print(f"it ended early, what it did until then counts: {said}", flush=True)
     finally:
         if child.poll() is None:
             child.terminate()
@@ -124,7 +132,7 @@ def compare_update(before, after, samples, ode_steps, generator):
 
 
 def draw(tables, path):
-    """The rank correlation, and ℓ, over training. tables: {run: rows}"""
+    """The rank correlation, and ℓ, over training. tables: {run: rows of its CSV}"""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -132,9 +140,10 @@ def draw(tables, path):
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2), dpi=150)
     for color, (name, rows) in zip(("#332288", "#cc6677", "#44aa99"), tables.items()):
+        rows = [{key: float(value) for key, value in row.items()} for row in rows]
         steps = [row["env_steps"] / 1e6 for row in rows]
         label = name.replace("_", " ")
-        left.plot(steps, [row["spearman"] for row in rows], color=color, lw=1.2, label=f"{label}, the update's 16 draws")
+        left.plot(steps, [row["spearman"] for row in rows], color=color, lw=1.2, label=f"{label}, the update's draws")
         left.plot(steps, [row["spearman_many_draws"] for row in rows], color=color, lw=1.2, ls=":", label=f"{label}, {MANY_DRAWS} draws")
         right.plot(steps, [row["cfm_loss"] for row in rows], color=color, lw=1.2, label=label)
     left.set(xlabel="environment steps (millions)", ylabel="Spearman's ρ of Δℓ and Δ log π", ylim=(-1.02, 1.02))
@@ -157,7 +166,6 @@ if __name__ == "__main__":
         if getattr(args, name) < least:
             stop(f"--{name.replace('_', '-')} is {getattr(args, name)}; give at least {least}")
     args.out.mkdir(parents=True, exist_ok=True)
-    tables = {}
     for name in args.runs:
         run_name = f"monotonicity_{name}_seed{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         print(f"train {name}: runs/{run_name}", flush=True)
@@ -172,10 +180,12 @@ if __name__ == "__main__":
                 rows.append(compare_update(before, after, args.samples, args.ode_steps, generator))
             before = after
             path.unlink()
+        if not rows:
+            stop(f"{run_name} has no update of the actor to look at; give more --total-env-steps or a lower --every")
         text = "\n".join([",".join(COLUMNS), *(",".join(f"{row[c]:.6g}" for c in COLUMNS) for row in rows)]) + "\n"
         write_atomically(args.out / f"{name}_seed{args.seed}.csv", text.encode())
-        tables[name] = rows
         for key in ("spearman", "spearman_many_draws", "slope"):
             values = np.array([row[key] for row in rows])
             print(f"{name:16} {key:20} median {np.median(values):6.3f}   5 to 95 %: {np.quantile(values, 0.05):6.3f} to {np.quantile(values, 0.95):6.3f}")
-    draw(tables, args.out / "monotonicity")
+    tables = {name: args.out / f"{name}_seed{args.seed}.csv" for name in RUNS}  # earlier ones too
+    draw({name: list(csv.DictReader(path.open())) for name, path in tables.items() if path.exists()}, args.out / f"seed{args.seed}")

@@ -3,8 +3,8 @@
     python tools/train_cloning.py --seed 1
 
 Same frozen base, environments and evaluation states as train_aloha.py; no critic, no ratio, no advantage. After every rollout the actor takes
-gradient steps of the plain CFM loss on decisions of episodes that succeeded: E over those draws ∇ℓ_cfm(x | s; θ), that is Eq. 4 with a weight of 1
-for success and 0 for failure. It writes args.json, metrics.csv, eval.csv and last.pt, as the train scripts do. A run that was interrupted starts anew.
+gradient steps (32 an iteration, where FPO's actor takes 8) of the plain CFM loss on the decisions of episodes that succeeded: the mean of
+∇ℓ_cfm(x | s; θ) over those, that is Eq. 4 with a weight of 1 for success and 0 for failure. The learning rate falls to 0, as FPO's. It writes args.json, metrics.csv, eval.csv and last.pt, as the train scripts do. A run that was interrupted starts anew.
 """
 
 import math
@@ -55,7 +55,7 @@ class Args:
     minibatch_size: int = 160
     """samples of one gradient step"""
     actor_lr: float = 3e-4
-    """learning rate (Adam)"""
+    """learning rate (Adam); it falls linearly to 0 over the run"""
     flow_steps: int = 8
     """steps in which the actor's flow is integrated"""
     num_draws: int = 16
@@ -91,7 +91,7 @@ if __name__ == "__main__":
     folder = new_run_folder(args.run_name or f"cloning_{args.task}__seed{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}")
     write_args(folder, args)
     METRICS = ("charts/env_steps charts/success charts/SPS eval/success eval/success_low eval/success_high eval/length eval/success_length eval/episodes "
-               "losses/cfm_loss latent/norm latent/std").split()  # fmt: skip
+               "losses/cloning latent/norm latent/std").split()  # fmt: skip
     metrics_log = CsvLog(folder / "metrics.csv", METRICS)
     episode_log = CsvLog(folder / "eval.csv", "policy env_steps episode success strict length diverged".split())
     workers = Workers(args.num_workers)
@@ -124,9 +124,10 @@ if __name__ == "__main__":
         bar = tqdm(total=args.total_env_steps, unit="step", unit_scale=True, mininterval=mininterval, smoothing=0.1)
         s, context = base.encode(envs.observations)
         while env_steps < args.total_env_steps:
-            clock, steps_before = time.perf_counter(), env_steps
+            clock, steps_before, latents = time.perf_counter(), env_steps, []
             for _ in range(args.rollout_decisions):
                 x = actor.sample(s, args.flow_steps, generator)
+                latents.append(x)
                 step = envs.step(base.decode(context, x).cpu().numpy())
                 for i in range(args.num_envs):
                     pending[i].append((s[i], x[i]))
@@ -140,6 +141,7 @@ if __name__ == "__main__":
             bar.set_postfix(success=f"{np.mean(recent):.2f}" if recent else "-", refresh=False)
 
             torch.set_num_threads(min(CPUS, 4))
+            optimizer.param_groups[0]["lr"] = args.actor_lr * max(0.0, 1 - steps_before / args.total_env_steps)
             losses = []
             if good:
                 s_good, x_good = map(torch.stack, zip(*good))
@@ -157,8 +159,8 @@ if __name__ == "__main__":
                 stop("a loss became NaN or infinite; try a lower --actor-lr", code=1)
 
             row = {"charts/env_steps": env_steps, "charts/success": float(np.mean(recent)) if recent else "",
-                   "charts/SPS": (env_steps - steps_before) / (time.perf_counter() - clock), "losses/cfm_loss": float(np.mean(losses)) if losses else "",
-                   "latent/norm": x.norm(dim=-1).mean().item(), "latent/std": x.std(0).mean().item()}  # fmt: skip
+                   "charts/SPS": (env_steps - steps_before) / (time.perf_counter() - clock), "losses/cloning": float(np.mean(losses)) if losses else "",
+                   "latent/norm": torch.cat(latents).norm(dim=-1).mean().item(), "latent/std": torch.cat(latents).std(0).mean().item()}  # fmt: skip
             last = env_steps >= args.total_env_steps
             if last or env_steps // args.eval_every > steps_before // args.eval_every:
                 after = evaluate("tuned", args.eval_episodes if last else max(1, args.eval_episodes // 2))
