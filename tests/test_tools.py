@@ -74,7 +74,7 @@ def test_baselines_train(tmp_path, name):
     assert result.returncode == 0, result.stderr
     assert "environment steps" in result.stdout and "fixed" in result.stdout
     with open(tmp_path / "runs" / "run" / "eval.csv") as file:
-        assert len(file.readlines()) == 1 + 2 + 2 + 1 + 2
+        assert len(file.readlines()) == 1 + 2 + 2 + 1 + 2 + (2 if name == "train_sac" else 0)  # that of the Gaussian's mean
     again = tool(name, tmp_path, "--run-name", "run")
     assert again.returncode == 2 and "--run-name is run" in again.stderr
 
@@ -115,6 +115,21 @@ def test_monotonicity_end_to_end(tmp_path):
     with open(tmp_path / "no_stabilisers_seed1.csv") as file:
         assert len(file.readlines()) >= 2
     assert "spearman" in result.stdout and (tmp_path / "seed1.png").stat().st_size > 10_000
+
+
+def test_the_latent_density_of_sac_is_that_of_a_squashed_gaussian():
+    from torch.distributions import AffineTransform, Normal, TanhTransform, TransformedDistribution
+    from train_sac import TanhGaussianActor
+
+    actor, s = TanhGaussianActor(4, 3, bound=2.0), torch.randn(50, 4)
+    torch.nn.init.normal_(actor.net[-1].weight, std=0.02)  # log σ stays below its limit of 1
+    x, log_density = actor(s)
+    mean, log_std = actor.net(s).chunk(2, -1)
+    squash = [AffineTransform(0.0, 0.5), TanhTransform(), AffineTransform(0.0, 2.0)]
+    expected = TransformedDistribution(Normal(mean, log_std.exp()), squash).log_prob(x).sum(1)
+    near = (x.abs() < 1.9).all(1)  # at the very bound 1 - tanh² is rounded
+    assert near.sum() > 20 and torch.allclose(log_density[near], expected[near], atol=1e-3)
+    assert torch.allclose(actor.mode(s), 2 * torch.tanh(mean / 2))
 
 
 def test_pictures_of_a_finished_run(tmp_path):
