@@ -240,6 +240,8 @@ if __name__ == "__main__":
         if saved["latent_dim"] != D or saved["weights_sha256"] != base.sha256:
             stop(f"{flag}: {path} was trained on another base than {weights}, or steers {saved['latent_dim']} latent dimensions and not {D}; "
                  "name that base with --weights, that number with --latent-dim")  # fmt: skip
+        if saved.get("flow_steps", args.flow_steps) != args.flow_steps:  # older checkpoints lack it
+            stop(f"{flag}: {path} was trained with --flow-steps {saved['flow_steps']}; give that flag here too")
         actor.load_state_dict(saved["actor"])
         env_steps = saved["env_steps"]
 
@@ -300,7 +302,8 @@ if __name__ == "__main__":
             return
         states, buffers = zip(*parts)
         save_checkpoint(folder / name, dict(
-            task=task, latent_dim=D, weights_sha256=base.sha256, iteration=iteration, env_steps=env_steps, seconds=elapsed(),
+            task=task, latent_dim=D, flow_steps=args.flow_steps, weights_sha256=base.sha256,
+            iteration=iteration, env_steps=env_steps, seconds=elapsed(),
             **{name: part.state_dict() for name, part in learners.items()},
             buffer=[{k: torch.cat([part[k] for part in b], 1) for k in b[0]} for b in zip(*buffers)],  # (T, E, …)
             generator=generator.get_state(), envs=ranks.joined(states), recent=list(recent),

@@ -177,6 +177,7 @@ def test_eval_only_prints_the_same_success_as_the_run(finished):
     (["--sigma-floor", "0"], ["--sigma-floor is 0"]),
     (["--latent-dim", "99"], ["--latent-dim is 99", "24"]),
     (["--eval-only", "--checkpoint", "runs/whole/last.pt", "--latent-dim", "12"], ["steers 24 latent dimensions and not 12", "--latent-dim"]),
+    (["--eval-only", "--checkpoint", "runs/whole/last.pt", "--flow-steps", "4"], ["trained with --flow-steps 8"]),
     (["--literal", "--self-anchor", "0.5"], ["--self-anchor is 0.5", "--literal sets it to 0.0"]),
     (["--weights", "nowhere.safetensors"], ["--weights", "nowhere.safetensors"]),
     (["--weights", "truncated.safetensors"], ["--weights", "truncated"]),

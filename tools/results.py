@@ -44,7 +44,7 @@ PAPER_TABLE_1 = (
 TABLE_2 = dict(complete=("FPO (complete)", 78.5), sac=("without CFM ratio proxy: SAC", 32.4), no_clip=("without PPO clipping", 45.1),
                k1=("single-step integration (K = 1)", 61.7), single_critic=("single critic", 71.2))  # fmt: skip
 EXTRAS = dict(
-    complete="defaults", literal="--literal: the paper to the letter", stored_values="stored value latents (D5)", no_self_anchor="no self-anchor",
+    complete="defaults", literal="--literal: D2, D4 and D5 to the letter", stored_values="stored value latents (D5)", no_self_anchor="no self-anchor",
     no_velocity_anchor="no velocity anchor", no_anchor="no anchor at all", drift_limit="no anchor, but the drift limit 0.05",
     loss_cap="no anchor, but the loss cap 0.1", prior_anchor="no anchor, but the prior anchor 0.1", advantage_limit="no anchor, but the advantage limit 1",
     k4_midpoint="K = 4, midpoint grid", k4_end="K = 4, end grid", raw_ratio="raw ratio exp(Δℓ) (McAllister et al.)", half_latent="half the latents (D12)",
