@@ -150,7 +150,7 @@ def draw(tables, path):
     left.axhline(0, color="0.6", lw=0.8)
     left.legend(fontsize=6, frameon=False, loc="lower right")
     right.axhline(np.pi / 2, color="0.4", ls="--", lw=0.8, label="π/2, the untrained actor")
-    right.set(xlabel="environment steps (millions)", ylabel="ℓ_cfm on the executed latents", yscale="log")
+    right.set(xlabel="environment steps (millions)", ylabel="ℓ_cfm on the executed latents")
     right.legend(fontsize=6, frameon=False)
     figure.tight_layout()
     for suffix in (".png", ".svg"):
