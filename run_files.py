@@ -36,6 +36,16 @@ def stop(message, code=2):
     raise SystemExit(code)
 
 
+def set_literal(args):
+    """Set the flags of --literal: D2, D4 and D5 as the paper's words have them. Stop at one that was given another value."""
+    literal = dict(sigma_floor=1e-8, value_latents="stored", self_anchor=0.0, prior_anchor=0.0, velocity_anchor=0.0, drift_limit=0.0,
+                   loss_cap=0.0, advantage_limit=0.0, advantage_floor=0.0)  # fmt: skip
+    for name, value in literal.items():
+        if getattr(args, name) not in (getattr(type(args), name), value):
+            stop(f"--{name.replace('_', '-')} is {getattr(args, name)}, but --literal sets it to {value}; leave one of the two flags out")
+        setattr(args, name, value)
+
+
 def check_args(args):
     """Stop with a clear sentence at the first impossible flag value."""
 

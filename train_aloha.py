@@ -37,7 +37,7 @@ from fpo_loss import fpo_loss
 from ranks import RANK, WORLD
 from run_files import (
     RunLogs, check_args, clean_end, compare, evaluation_columns, load_checkpoint, new_run_folder, print_gain, rate, resumed_args,
-    save_checkpoint, stop, write_args, write_side_by_side,
+    save_checkpoint, set_literal, stop, write_args, write_side_by_side,
 )  # fmt: skip
 
 TASK = "aloha"
@@ -166,12 +166,7 @@ if __name__ == "__main__":
     elif ranks.RESTARTS and args.run_name and (Path("runs") / args.run_name / "last.pt").exists():
         args = resumed_args(Args, f"runs/{args.run_name}", argv=[])  # torchrun --max-restarts: a rank has died
     if args.literal:
-        literal = dict(sigma_floor=1e-8, value_latents="stored", self_anchor=0.0, prior_anchor=0.0, velocity_anchor=0.0, drift_limit=0.0,
-                       loss_cap=0.0, advantage_limit=0.0, advantage_floor=0.0)  # fmt: skip
-        for name, value in literal.items():
-            if getattr(args, name) not in (getattr(Args, name), value):
-                stop(f"--{name.replace('_', '-')} is {getattr(args, name)}, but --literal sets it to {value}; leave one of the two flags out")
-            setattr(args, name, value)
+        set_literal(args)
     if args.base == "pi0" and args.checkpoint and not args.checkpoint.endswith(".pt"):
         args.weights, args.checkpoint = args.checkpoint, None
     check_args(args)

@@ -6,6 +6,7 @@ A run's files there are those of its run folder: metrics.csv, eval.csv (an evalu
 """
 
 import csv
+import os
 import re
 import sys
 from pathlib import Path
@@ -107,8 +108,7 @@ def publish(path, lines):
     """Write a table to its file, and into README if it has markers for that file."""
     path.write_text("\n".join(lines) + "\n")
     readme = ROOT / "README.md"
-    place = path.resolve()
-    begin, end = f"<!-- {place.relative_to(ROOT) if place.is_relative_to(ROOT) else place} -->\n", "<!-- end -->"
+    begin, end = f"<!-- {os.path.relpath(path, ROOT)} -->\n", "<!-- end -->"
     new = begin + "\n".join(lines) + "\n" + end
     text = readme.read_text()
     if begin in text:

@@ -158,9 +158,10 @@ if __name__ == "__main__":
             if losses and not math.isfinite(losses[-1]):
                 stop("a loss became NaN or infinite; try a lower --actor-lr", code=1)
 
+            executed = torch.cat(latents)
             row = {"charts/env_steps": env_steps, "charts/success": float(np.mean(recent)) if recent else "",
                    "charts/SPS": (env_steps - steps_before) / (time.perf_counter() - clock), "losses/cloning": float(np.mean(losses)) if losses else "",
-                   "latent/norm": torch.cat(latents).norm(dim=-1).mean().item(), "latent/std": torch.cat(latents).std(0).mean().item()}  # fmt: skip
+                   "latent/norm": executed.norm(dim=-1).mean().item(), "latent/std": executed.std(0).mean().item()}  # fmt: skip
             last = env_steps >= args.total_env_steps
             if last or env_steps // args.eval_every > steps_before // args.eval_every:
                 after = evaluate("tuned", args.eval_episodes if last else max(1, args.eval_episodes // 2))

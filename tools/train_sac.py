@@ -245,10 +245,11 @@ if __name__ == "__main__":
             due = last or env_steps // args.eval_every > steps_before // args.eval_every
             if due or decisions % (10 * args.num_envs) == 0:
                 columns = np.mean(infos, 0) if infos else [""] * 4
+                executed = torch.cat(latents)
                 row = {"charts/env_steps": env_steps, "charts/success": float(np.mean(recent)) if recent else "", "losses/actor": columns[0],
                        "charts/SPS": (env_steps - steps_then) / (time.perf_counter() - clock), "losses/critic": columns[1], "sac/entropy": columns[2],
-                       "critic/q_mean": columns[3], "sac/temperature": log_alpha.exp().item(), "latent/norm": torch.cat(latents).norm(dim=-1).mean().item(),
-                       "latent/std": torch.cat(latents).std(0).mean().item()}  # fmt: skip
+                       "critic/q_mean": columns[3], "sac/temperature": log_alpha.exp().item(), "latent/norm": executed.norm(dim=-1).mean().item(),
+                       "latent/std": executed.std(0).mean().item()}  # fmt: skip
                 bar.set_postfix(success=f"{np.mean(recent):.2f}" if recent else "-", refresh=False)
                 clock, steps_then, infos, latents = time.perf_counter(), env_steps, [], []
                 if due:
