@@ -29,7 +29,7 @@ SIZES = ("state_dim", "action_dim", "latent_dim", "chunk_steps", "knots", "flow_
 class FlowBase(nn.Module):
     """The velocity field v(w, u | s), the normalisation around it and the PCA basis of the action chunk.
 
-    header: dict of the SIZES, `task`, and anything that should travel with the weights (how they were made, what
+    header: dict of the SIZES, `task`, for LIBERO `task_ids`, and anything that should travel with the weights (how they were made, what
     they measured). Units of observations and actions are the environment's own.
     """
 
@@ -50,7 +50,7 @@ class FlowBase(nn.Module):
         self.register_buffer("knot_weights", knot_weights(self.chunk_steps, knots), persistent=False)
         self.register_buffer("frequencies", 2.0 ** torch.arange(8), persistent=False)  # of the flow time's features
 
-        self.input = nn.Linear(self.latent_dim + self.state_dim + 16, hidden)
+        self.input = nn.Linear(self.latent_dim + self.state_dim + 2 * len(self.frequencies), hidden)
         self.blocks = nn.ModuleList(
             nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
             for _ in range(blocks)
@@ -106,7 +106,7 @@ class FlowBase(nn.Module):
     @classmethod
     def load(cls, path, device="cpu", task=None):
         """The frozen base in `path`. ValueError, in one sentence, if the file is not a sound base (for `task`)."""
-        fix = f"restore it with `git checkout {path}` or make it anew with `python tools/clone_base.py --out {path}`"
+        fix = f"restore it with `git checkout {path}` or make it anew with `python tools/clone_base.py --task {task or '<task>'} --out {path} --overwrite`"
         if not os.path.isfile(path):
             raise ValueError(f"there is no base policy at {path}: {fix}.")
         try:

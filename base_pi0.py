@@ -31,11 +31,13 @@ class Pi0Base:
     evaluated under the same protocol, and not be steered."""
 
     def __init__(self, policy, preprocess, postprocess, env_preprocess, cameras, latent="dct", latent_modes=4, chunk_steps=None, openpi_aloha=False):
-        from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy  # has openpi's conventions for ALOHA
-
         self.policy, self.config = policy, policy.config
         self.preprocess, self.postprocess, self.env_preprocess = preprocess, postprocess, env_preprocess
-        self.openpi = SmolVLAPolicy if openpi_aloha else None
+        self.openpi = None
+        if openpi_aloha:
+            from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy  # has openpi's conventions for ALOHA
+
+            self.openpi = SmolVLAPolicy
         self.device = next(policy.parameters()).device
         room = torch.cuda.get_device_properties(self.device).total_memory if self.device.type == "cuda" else 0
         self.num_envs = 32 if room > 20e9 else 8
@@ -53,6 +55,8 @@ class Pi0Base:
             self.state_dim, self.latent_dim = 1, 0
             return
         self.noise_shape = (self.config.chunk_size, self.config.max_action_dim)  # (50, 32)
+        if self.chunk_steps > self.config.chunk_size:
+            raise ValueError(f"--chunk-steps is {self.chunk_steps}, and the policy's chunk has {self.config.chunk_size} steps: give at most that.")
         width = policy.model.paligemma_with_expert.paligemma.config.text_config.hidden_size
         self.state_dim = width + self.config.input_features["observation.state"].shape[0]
         steps, actions = self.noise_shape
@@ -165,7 +169,7 @@ class Pi0Base:
         """The policy in a folder or on the hub. env: "libero" or "aloha", for lerobot's processors; dtype: "bfloat16" on a GPU and
         "float32" on a CPU if left out. ValueError, in one sentence, if it is not there or not whole."""
         if path is None:
-            raise ValueError("with --base pi0 name a policy, as --checkpoint lerobot/pi0_libero_finetuned_v044 or a folder.")
+            raise ValueError("with --base pi0 name a policy, as --weights lerobot/pi0_libero_finetuned_v044 or a folder.")
         try:
             from lerobot.configs import PreTrainedConfig
             from lerobot.envs.factory import make_env_config, make_env_pre_post_processors

@@ -58,6 +58,11 @@ def sample_box_poses(rng, n):
     return np.concatenate([position, np.tile([1.0, 0.0, 0.0, 0.0], (n, 1))], -1)
 
 
+def evaluation_poses(n):
+    """The first n cube poses of evaluation, always the same. -> (n, 7). Training draws from [1, seed, env], demonstrations from [2, …]."""
+    return sample_box_poses(np.random.default_rng([0, 0]), n)
+
+
 def strict_success(held):
     """Whether `held` (T,) has HOLD_STEPS consecutive true entries."""
     run = 0
@@ -72,8 +77,8 @@ def strict_success(held):
 class Chunk:
     """What one call of `Simulator.run` did. T is the number of control steps really executed."""
 
-    state: np.ndarray  # (S,) simulator state after the last step
-    observation: np.ndarray  # (21,) after the last step
+    state: np.ndarray  # (S,) simulator state after the last step; before the first if diverged
+    observation: np.ndarray  # (21,) in that state
     rewards: np.ndarray  # (T,) gym-aloha's stages 0-4 after each step; 4 is success
     held: np.ndarray  # (T,) the left finger touches the cube; the right one and the table do not
     diverged: bool  # MuJoCo found a non-finite or absurd state: the episode has failed
@@ -133,7 +138,7 @@ class Simulator:
                 qpos.append(data.qpos.copy())
             if stop_at_success and reward == 4:
                 break
-        if diverged:  # the last finite state stands in; the caller ends the episode
+        if diverged:  # the state before the chunk stands in; the caller ends the episode
             set_state(model, data, state)
         return Chunk(
             state=get_state(self.model, self.data),
@@ -221,13 +226,13 @@ class Workers:
         n = len(states)
         same = [[stop_at_success] * n, [record] * n, [self.pictures] * n]
         chunks = self.pool.map(_run, list(states), list(actions), *same, may_lose=True)
-        return [self._lost(state, record) if c is None else c for state, c in zip(states, chunks)]
+        return [self._lost(state) if c is None else c for state, c in zip(states, chunks)]
 
     def look(self, states):
         """The observations in n states, with pictures."""
         return stack(self.pool.map(Simulator.look, list(states), [self.pictures] * len(states)), self.pictures)
 
-    def _lost(self, state, record):
+    def _lost(self, state):
         """What stands for a chunk whose simulator died: no step, and the episode has failed."""
         return Chunk(
             state=state,
@@ -235,7 +240,7 @@ class Workers:
             rewards=np.zeros(0, dtype=np.int64),
             held=np.zeros(0, dtype=bool),
             diverged=True,
-            qpos=np.zeros((1, 23)) if record else None,
+            qpos=None,
         )
 
     def render(self, qpos, camera="angle", height=240, width=320):
@@ -259,7 +264,7 @@ def play_episodes(workers, box_poses, act, record=False):
 
     act(observations (n, 21)) -> actions (n, T, 14) is asked for all n episodes at every decision, ended or not, so that the
     random draws of one episode do not depend on how another goes. Returns a dict of arrays (n,): success (official), strict,
-    length (control steps to the first success, or HORIZON), diverged, decisions; and qpos, a list of (steps, 23) with record=True.
+    length (control steps to the first success, or HORIZON), diverged, decisions; and qpos, a list of (steps + 1, 23) with record=True.
     """
     n = len(box_poses)
     states, observations = workers.reset(box_poses)
@@ -279,14 +284,14 @@ def play_episodes(workers, box_poses, act, record=False):
             states[i], observations[i] = chunk.state, chunk.observation
             steps[i] += len(chunk.rewards)
             decisions[i] += 1
-            if record:
-                qpos[i].append(chunk.qpos[1:])
+            if chunk.qpos is not None:
+                qpos[i].extend(chunk.qpos[len(qpos[i]) > 0 :])  # its first row is where the chunk before ended
         # D9: an episode plays its full length; but once it has held the cube, nothing can change its result any more
         alive = np.array([i for i in alive if steps[i] < HORIZON and not diverged[i] and not strict_success(held[i])], int)
         if workers.pictures:
             observations[np.setdiff1d(range(n), alive)] = None  # nothing to look at, and nothing to decode
     strict = np.array([strict_success(h) for h in held])
-    qpos = [np.concatenate(q) for q in qpos] if record else None
+    qpos = [np.array(q) for q in qpos] if record else None
     return dict(success=success, strict=strict, length=length, diverged=diverged, decisions=decisions, qpos=qpos)
 
 

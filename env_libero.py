@@ -124,8 +124,8 @@ def osc_torques(ctrl, gripper, arm, grip, low, high, grip_mid, grip_half, q_rest
 class Chunk:
     """What one call of `Simulator.run` did. T is the number of control steps really executed."""
 
-    state: np.ndarray  # (S,) simulator state after the last step
-    observation: np.ndarray  # (45 or 55,) after the last step
+    state: np.ndarray  # (S,) simulator state after the last step; before the first if diverged
+    observation: np.ndarray  # (45 or 55,) in that state
     success: np.ndarray  # (T,) bool: check_success() after each step
     diverged: bool  # MuJoCo found a non-finite or absurd state: the episode has failed
     frames: np.ndarray | None  # (T + 1, F) with record=True: what `render` needs, before the first and after every step
@@ -268,7 +268,7 @@ class Simulator:
                 frames.append(self._frame())
             if stop_at_success and success[-1]:
                 break
-        if diverged:  # the last finite state stands in; the caller ends the episode
+        if diverged:  # the state before the chunk stands in; the caller ends the episode
             self._set_state(state)
             mujoco.mj_forward(model, data)
         return Chunk(
@@ -443,20 +443,20 @@ class Workers:
         n = len(states)
         same = [[stop_at_success] * n, [record] * n, [self.pictures] * n]
         chunks = self.pool.map(_run, list(task_ids), list(states), list(actions), *same, may_lose=True)
-        return [self._lost(state, record) if c is None else c for state, c in zip(states, chunks)]
+        return [self._lost(state) if c is None else c for state, c in zip(states, chunks)]
 
     def look(self, task_ids, states):
         """The observations in n states, with pictures."""
         return stack(self.pool.map(_look, list(task_ids), list(states), [self.pictures] * len(states)), self.pictures)
 
-    def _lost(self, state, record):
+    def _lost(self, state):
         """What stands for a chunk whose simulator died: no step, and the episode has failed."""
         return Chunk(
             state=state,
             observation=None if self.pictures else np.zeros(OBSERVATION_DIM[self.suite_name]),
             success=np.zeros(0, dtype=bool),
             diverged=True,
-            frames=np.zeros((1, 0)) if record else None,
+            frames=None,
         )
 
     def render(self, task_ids, frames, camera="agentview", height=256, width=256):
@@ -481,7 +481,7 @@ def play_episodes(workers, task_ids, starts, act, record=False):
     act(observations (n, S)) -> actions (n, T, 7) is asked for all n episodes at every decision, ended or not, so that the random
     draws of one episode do not depend on how another goes. An episode ends at its first success, as LIBERO's protocol says.
     Returns a dict of arrays (n,): success, length (steps to success, or the suite's limit), diverged, decisions; and frames, a list
-    of (steps, F) with record=True.
+    of (steps + 1, F) with record=True.
     """
     n, limit = len(task_ids), STEP_LIMIT[workers.suite_name]
     task_ids = np.asarray(task_ids)
@@ -499,13 +499,13 @@ def play_episodes(workers, task_ids, starts, act, record=False):
             states[i], observations[i] = chunk.state, chunk.observation
             length[i] += len(chunk.success)
             decisions[i] += 1
-            if record:
-                frames[i].append(chunk.frames[1:])
+            if chunk.frames is not None:
+                frames[i].extend(chunk.frames[len(frames[i]) > 0 :])  # its first row is where the chunk before ended
         alive = np.array([i for i in alive if length[i] < limit and not diverged[i] and not success[i]], int)
         if workers.pictures:
             observations[np.setdiff1d(range(n), alive)] = None  # nothing to look at, and nothing to decode
     length[~success] = limit  # of one that diverged too
-    frames = [np.concatenate(f) for f in frames] if record else None
+    frames = [np.array(f) for f in frames] if record else None
     return dict(success=success, length=length, diverged=diverged, decisions=decisions, frames=frames)
 
 

@@ -50,8 +50,8 @@ class FlowActor(nn.Module):
         super().__init__()
         self.state_dim, self.latent_dim = state_dim, latent_dim
         # u enters as sines and cosines with periods of 2, 1, … 1/16
-        self.register_buffer("frequency", math.pi * 2.0 ** torch.arange(6), persistent=False)
-        self.inp = nn.Linear(latent_dim + state_dim + 2 * len(self.frequency), hidden)
+        self.register_buffer("frequencies", math.pi * 2.0 ** torch.arange(6), persistent=False)
+        self.inp = nn.Linear(latent_dim + state_dim + 2 * len(self.frequencies), hidden)
         self.blocks = nn.ModuleList(
             nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
             for _ in range(blocks)
@@ -62,8 +62,8 @@ class FlowActor(nn.Module):
 
     def net(self, x, u, s):
         """The learned part of the velocity. x: (B, D), u: (B,), s: (B, S) -> (B, D)."""
-        phase = u[:, None] * self.frequency
-        h = self.inp(torch.cat([x, s, phase.sin(), phase.cos()], -1))
+        angles = u[:, None] * self.frequencies
+        h = self.inp(torch.cat([x, s, angles.sin(), angles.cos()], -1))
         for block in self.blocks:
             h = h + block(h)
         return self.out(nn.functional.silu(h))

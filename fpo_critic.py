@@ -87,7 +87,8 @@ def critic_loss(critic, s, x, y, n=None):
 @torch.no_grad()
 def polyak_update(target, critic, tau):
     """φ̄ ← (1 - τ) φ̄ + τ φ, once a gradient step (Algorithm 1, line 21)."""
-    torch._foreach_lerp_(list(target.parameters()), list(critic.parameters()), tau)
+    for slow, fast in zip(target.parameters(), critic.parameters()):
+        slow.lerp_(fast, tau)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ Implements: Eq. 2 (Δℓ), Eq. 3 (likelihood-free ratio), Eq. 4 (clipped surroga
     loss.backward()
 
 What the gradient is (D1): with m_i = 0 where the clip is active, else 1,
-    ∇L = (β / σ n) Σ_i m_i ρ_i A_i ∇ℓ_cfm(x_i | s_i; θ),
+    ∇L = β / (σ n) Σ_i m_i ρ_i A_i ∇ℓ_cfm(x_i | s_i; θ),
 a signed, advantage-weighted flow-matching regression: latents that did better than expected are made more likely by
 fitting them, the others less likely by un-fitting them.
 """
@@ -18,7 +18,7 @@ import torch
 
 
 def ratio_from_cfm(delta, beta, sigma_floor, ratio="standardized", age=None):
-    """Eq. 3: z = (Δ - μ) / σ, ρ = exp(β z). delta: (B,) -> ρ, z, σ_eff, all (B,).
+    """Eq. 3: z = (Δ - μ) / σ, ρ = exp(β z). delta: (B,) -> ρ and σ_eff, both (B,).
 
     D1: read literally, "stop gradients through ρ" leaves no gradient at all. μ and σ are detached, ρ is not.
     D2: on the first minibatch Δ = 0 and z is 0/0, so σ_eff = max(σ, sigma_floor). sigma_floor = 2β/D makes the slope
@@ -26,10 +26,10 @@ def ratio_from_cfm(delta, beta, sigma_floor, ratio="standardized", age=None):
     D10: `age` (B,), an integer for each sample's iteration: μ and σ are taken within samples of one age, or the age
         of a sample would decide its z.
     ratio="raw": ρ = exp(Δ), unstandardised (McAllister et al., arXiv 2507.21053, with Δ a mean over dimensions). Its slope is 1, so
-        that σ_eff is given as β, and z as Δ.
+        that σ_eff is given as β.
     """
     if ratio == "raw":
-        return torch.exp(delta), delta.detach(), torch.full_like(delta, beta)
+        return torch.exp(delta), torch.full_like(delta, beta)
     d = delta.detach()
     age = torch.zeros_like(d) if age is None else age
     mu, sigma = torch.zeros_like(d), torch.zeros_like(d)
@@ -39,7 +39,7 @@ def ratio_from_cfm(delta, beta, sigma_floor, ratio="standardized", age=None):
         sigma[member] = d[member].std(correction=0)
     sigma = sigma.clamp_min(sigma_floor)
     z = (delta - mu) / sigma
-    return torch.exp(beta * z), z.detach(), sigma
+    return torch.exp(beta * z), sigma
 
 
 def fpo_loss(
@@ -67,7 +67,7 @@ def fpo_loss(
     cfm: ℓ_cfm(x^(K) | s; θ), with gradient. cfm_init: the same draws under the actor that collected the sample.
     adv: advantages; standardised here, over the minibatch.
     beta, sigma_floor, ratio, age: of Eq. 3, see ratio_from_cfm. clip_eps, clip: ε of Eq. 4; clip=False leaves the clip out.
-    advantage_floor: their standard deviation counts as at least this. Where nearly every episode succeeds, advantages are the
+    advantage_floor: the advantages' standard deviation counts as at least this. Where nearly every episode succeeds, advantages are the
         critics' noise; standardising would blow it up to the size of a signal, and the actor would drift away for ever.
     advantage_limit: standardised advantages below -limit count as -limit. With limit = κ no sample's total weight
         β/σ (m ρ A + κ) is negative at ρ = 1: nothing is un-fitted, which is what inflates the latents once failures are rare and
@@ -85,7 +85,7 @@ def fpo_loss(
     if advantage_limit > 0:
         adv = adv.clamp_min(-advantage_limit)
     delta = cfm_init - cfm  # Eq. 2: positive where the actor now fits the sample better
-    rho, z, sigma = ratio_from_cfm(delta, beta, sigma_floor, ratio, age)  # Eq. 3
+    rho, sigma = ratio_from_cfm(delta, beta, sigma_floor, ratio, age)  # Eq. 3
     clipped = rho.clamp(1 - clip_eps, 1 + clip_eps) if clip else rho
     surrogate = torch.min(rho * adv, clipped * adv)  # Eq. 4
     if loss_cap > 0:

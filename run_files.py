@@ -1,5 +1,5 @@
 """Files of a run, and the plain bookkeeping both train scripts need: checkpoints, CSV and TensorBoard logs, intervals,
-videos, and one clear sentence for bad input. Nothing here belongs to the algorithm.
+videos, and one clear sentence for bad input.
 
     python -c "import run_files; print(run_files.wilson(130, 200))"
 """
@@ -79,6 +79,11 @@ def check_args(args):
         stop("--track needs wandb, which is not installed; pip install wandb")
     if args.num_envs and args.num_envs * args.rollout_decisions < 2:
         stop(f"--num-envs {args.num_envs} with --rollout-decisions {args.rollout_decisions} makes one sample an iteration; Eq. 3 needs at least 2")
+    if args.explore_steps == 1 and args.explore_grid == "midpoint":
+        stop("--explore-steps is 1, and --explore-grid midpoint puts that step at τ = 1/2, where the untrained actor's field is zero (D6); "
+             "give --explore-grid end")  # fmt: skip
+    if args.video and args.eval_only and not args.checkpoint:
+        stop("--video shows the base and the tuned actor side by side; with --eval-only give --checkpoint runs/<name>/last.pt too")
     if args.eval_only and args.resume:
         stop("--eval-only and --resume exclude each other; to evaluate a run give --eval-only --checkpoint runs/<name>/last.pt")
     if args.checkpoint and not args.eval_only:
@@ -168,7 +173,8 @@ def write_args(folder, args):
 
 def resumed_args(cls, folder, argv=None, free=("resume", "total_env_steps", "num_workers", "worker_timeout", "video", "track")):
     """The flags of the run in `folder`, of class `cls`, with what the command line (argv, or the program's own) changes of the `free` ones.
-    Other flags would change the run: stop there."""
+    Other flags would change the run: stop there. total_env_steps is free, so that a run can be made longer; with anneal_lr the learning
+    rate then follows the new length."""
     path = Path(folder) / "args.json"
     try:
         saved = json.loads(path.read_text())["args"]
@@ -205,7 +211,8 @@ def clean_end(script, folder):
     except ChildProcessError as error:
         stop(f"{error}. {f'Then: {resume}' if saved() else 'No checkpoint was written yet'}", code=1)
     except OSError as error:  # a full disk, say; files are written whole or not at all
-        stop(f"{error.filename or folder} cannot be written ({error.strerror}); make room, then go on with {resume}", code=1)
+        then = f"mend that, then go on with {resume}" if saved() else "no checkpoint was written yet"
+        stop(f"{error.filename or folder}: {error.strerror or error}; {then}", code=1)
 
 
 class RunLogs:

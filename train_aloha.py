@@ -7,6 +7,7 @@
 
 A frozen base policy turns noise into an action chunk. The actor π_θ, a small flow, learns which noise to send. Its
 parts stand in fpo_actor.py, fpo_critic.py, fpo_loss.py and fpo_buffer.py; here they are wired together.
+D1 … D14: README, "What the paper leaves open".
 """
 
 import os
@@ -29,7 +30,7 @@ from tqdm import tqdm
 import env_aloha
 import ranks
 from base_flow import FlowBase
-from env_aloha import HORIZON, TrainingEnvs, Workers, play_episodes, sample_box_poses
+from env_aloha import HORIZON, TrainingEnvs, Workers, evaluation_poses, play_episodes
 from fpo_actor import FlowActor, draw_flow_noise
 from fpo_buffer import TrajectoryBuffer
 from fpo_critic import QEnsemble, critic_loss, fresh_value, gae, polyak_update, stored_value, td_target
@@ -42,7 +43,6 @@ from run_files import (
 
 TASK = "aloha"
 FRESH_LATENTS = 4  # J of D5
-EVAL_ENTROPY = [0, 0]  # evaluation's own stream of cube poses; training draws from [1, seed, env], demonstrations from [2, …]
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Args:
     num_workers: int = min(ranks.CPUS, 16)
     """simulator processes of a rank; the results do not depend on it"""
     worker_timeout: float = 300.0
-    """seconds after which a silent simulator process is replaced, and its work done again"""
+    """seconds for one piece of simulation, after which its process is replaced and the work done again"""
     rollout_decisions: int = 10
     """T_rollout of Algorithm 1: latent chunks an environment and iteration"""
     window: int = 1
@@ -84,7 +84,7 @@ class Args:
     no_clip: bool = False
     """leave the clip of Eq. 4 out (Table II)"""
     explore_steps: int = 0
-    """K of Eq. 7, latent exploration steps in training; 1 needs --explore-grid end, for at τ = 1/2 the untrained actor's field is zero (D6)"""
+    """K of Eq. 7, latent exploration steps in training; 1 needs --explore-grid end (D6)"""
     explore_eta: float = 0.05
     """η of Eq. 7, their size"""
     explore_grid: Literal["midpoint", "end"] = "midpoint"
@@ -126,7 +126,8 @@ class Args:
     shuffle_advantages: bool = False
     """permute the advantages: a control that must not learn (D14)"""
     literal: bool = False
-    """D2, D4 and D5 as the paper's words have them: σ floor 1e-8, no stabiliser but the falling learning rate, stored value latents"""
+    """D2, D4 and D5 as the paper's words have them: σ floor 1e-8, stored value latents, no stabiliser but the falling learning rate and
+    the limit of the gradient's norm"""
     base: Literal["embedded", "pi0"] = "embedded"
     """the frozen base policy π_0: the small flow policy that ships in weights/, or π_0 itself through lerobot"""
     weights: str | None = None
@@ -156,11 +157,11 @@ class Args:
     run_name: str | None = None
     """folder below runs/; <task>__seed<seed>__<time> if left out"""
     resume: str | None = None
-    """run folder to continue; all flags come from there"""
+    """run folder to continue; flags come from there, but for --total-env-steps, --num-workers, --worker-timeout, --video and --track"""
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
+    args = tyro.cli(Args, description=__doc__.split("\n\n")[0] + ' D1 … D14: README, "What the paper leaves open".')
     if args.resume:
         args = resumed_args(Args, args.resume)
     elif ranks.RESTARTS and args.run_name and (Path("runs") / args.run_name / "last.pt").exists():
@@ -168,6 +169,8 @@ if __name__ == "__main__":
     if args.literal:
         set_literal(args)
     if args.base == "pi0" and args.checkpoint and not args.checkpoint.endswith(".pt"):
+        if args.weights:
+            stop(f"--checkpoint is {args.checkpoint}, which names a base (it does not end in .pt), and so does --weights {args.weights}; leave one out")
         args.weights, args.checkpoint = args.checkpoint, None
     check_args(args)
     if args.video and not env_aloha.rendering_available():
@@ -187,7 +190,7 @@ if __name__ == "__main__":
             weights = args.weights or Path(__file__).parent / "weights" / "aloha.safetensors"
             base = FlowBase.load(weights, device=device, task=TASK)
     except ValueError as error:
-        stop(f"--weights: {error}")
+        stop(f"--base {args.base} --weights {weights}: {error}")
     if base.latent_dim == 0 and not args.eval_only:
         stop(f"--weights is {weights}, a {base.config.type} policy, whose noise nobody can choose; add --eval-only to measure it as it is")
     args.num_envs = E = args.num_envs or base.num_envs * WORLD
@@ -209,16 +212,20 @@ if __name__ == "__main__":
     buffer = TrajectoryBuffer(args.window)
     generator = torch.Generator(device).manual_seed(args.seed)  # every draw of training
     iteration = env_steps = 0
+    # how actor and base act: a checkpoint is good for these alone
+    played = dict(flow_steps=args.flow_steps, chunk_steps=base.chunk_steps, latent=args.latent, openpi_aloha=args.openpi_aloha)
     recent, seconds, evaluations = deque(maxlen=100), 0.0, []
+    column = lambda values: torch.as_tensor(values, dtype=torch.float32, device=device)
 
     if args.checkpoint or args.resume:
         flag, path = ("--checkpoint", args.checkpoint) if args.eval_only else ("--resume", Path(args.resume) / "last.pt")
         saved = load_checkpoint(path, flag, TASK)
         if saved["latent_dim"] != D or saved["weights_sha256"] != base.sha256:
             stop(f"{flag}: {path} was trained on another base than {weights}, or steers {saved['latent_dim']} latent dimensions and not {D}; "
-                 "name that base with --weights, that number with --latent-dim")  # fmt: skip
-        if saved.get("flow_steps", args.flow_steps) != args.flow_steps:  # older checkpoints lack it
-            stop(f"{flag}: {path} was trained with --flow-steps {saved['flow_steps']}; give that flag here too")
+                 + ("put that base back" if args.resume else "name that base with --weights, that number with --latent-dim"))  # fmt: skip
+        for name, value in played.items():  # older checkpoints lack some of them
+            if saved.get(name, value) != value:
+                stop(f"{flag}: {path} was trained with --{name.replace('_', '-')} {saved[name]}, here it is {value}; give that flag here too")
         actor.load_state_dict(saved["actor"])
         env_steps = saved["env_steps"]
 
@@ -243,7 +250,7 @@ if __name__ == "__main__":
     @torch.no_grad()
     def evaluate(policy, num_episodes, record=False, log=True):
         """Play whole episodes of `policy` ("base", "zero latents" or "tuned") on the evaluation states. No exploration."""
-        poses = sample_box_poses(np.random.default_rng(EVAL_ENTROPY), num_episodes)
+        poses = evaluation_poses(num_episodes)
         mine = np.arange(RANK, num_episodes, WORLD)  # the episodes of this rank
         noise = torch.Generator(device).manual_seed(0)  # the same at every evaluation
         drawn = []
@@ -279,7 +286,7 @@ if __name__ == "__main__":
             return
         states, buffers = zip(*parts)
         save_checkpoint(folder / name, dict(
-            task=TASK, latent_dim=D, flow_steps=args.flow_steps, weights_sha256=base.sha256,
+            task=TASK, latent_dim=D, **played, weights_sha256=base.sha256,
             iteration=iteration, env_steps=env_steps, seconds=elapsed(),
             **{name: part.state_dict() for name, part in learners.items()},
             buffer=[{k: torch.cat([part[k] for part in b], 1) for k in b[0]} for b in zip(*buffers)],  # (T, E, …)
@@ -299,16 +306,16 @@ if __name__ == "__main__":
 
     with clean_end("train_aloha.py", folder) as interrupts, Workers(args.num_workers, base.pictures, args.worker_timeout) as workers:
         # ---- the untouched base first, before any update ----
-        videos = {}
+        results = {}  # policy: its last evaluation
         if args.eval_only or not args.resume:
             for policy in ["base"] + ["zero latents"] * (D > 0) + ["tuned"] * bool(args.checkpoint):
-                videos[policy] = evaluate(policy, args.eval_episodes, record=args.video)
-                evaluations.append(summary(videos[policy]))
+                results[policy] = evaluate(policy, args.eval_episodes, record=args.video)
+                evaluations.append(summary(results[policy]))
                 e = evaluations[-1]
                 if RANK == 0:
                     print(f"{policy:12} {rate(e['success'], e['episodes'])}   strict {rate(e['strict'], e['episodes'])}", flush=True)
             if RANK == 0:
-                logs.latents.add(videos["base"], np.flatnonzero(videos["base"]["episode"] < 50))
+                logs.latents.add(results["base"], np.flatnonzero(results["base"]["episode"] < 50))
         if not args.eval_only:
             envs = TrainingEnvs(workers, E, args.seed, own)
             if args.resume:
@@ -350,19 +357,19 @@ if __name__ == "__main__":
                 s_next = s_after.clone()  # (m, S)
                 if ended.any():
                     s_next[np.flatnonzero(ended)] = base.encode(step["last_observation"][ended])[0]
-                column = lambda values: torch.as_tensor(values, dtype=torch.float32, device=device)
                 rows.append(dict(s=s_t, x0=x0, x=x, s_next=s_next, r=column(r), discount=column(args.gamma ** step["num_steps"]),
                                  terminated=column(step["terminated"]), ended=column(ended)))  # fmt: skip
                 s_t = s_after
                 for i in np.flatnonzero(ended):
-                    # Eq. 1: Σ_t γ^t r_t, with one reward at the first success
-                    episode_return = step["success"][i] * args.gamma ** (step["episode_steps"][i] - 1.0)
-                    ended_episodes.append((t, own.start + int(i), bool(step["success"][i]), int(step["episode_steps"][i]), float(episode_return)))
+                    success, length = bool(step["success"][i]), int(step["episode_steps"][i])
+                    episode_return = success * args.gamma ** (length - 1.0)  # Eq. 1: Σ_t γ^t r_t, with one reward at the first success
+                    ended_episodes.append((t, own.start + int(i), success, length, episode_return))
                 steps += int(step["num_steps"].sum())
                 bar.update(WORLD * int(step["num_steps"].sum()))
             env_steps += sum(ranks.gathered(steps))
             ended_episodes = sorted(sum(ranks.gathered(ended_episodes), []))
-            recent.extend(float(success) for _, _, success, _, _ in ended_episodes)
+            successes, lengths, returns = ([episode[k] for episode in ended_episodes] for k in (2, 3, 4))
+            recent.extend(map(float, successes))
             bar.n = env_steps
             bar.set_postfix(success=f"{np.mean(recent):.2f}" if recent else "-", refresh=False)
             batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}  # (T, m, …)
@@ -372,7 +379,7 @@ if __name__ == "__main__":
             with torch.no_grad():  # line 10: ℓ_init = ℓ_cfm(x | s; θ_old), with the draws that Eq. 2 will use again (D3)
                 cfm_init = actor.cfm_loss(*(batch[key].flatten(0, 1) for key in ("x", "s", "u", "eps")))
             batch.update(cfm_init=cfm_init.view(T, m))
-            buffer.push(batch)  # line 11
+            buffer.push(batch)  # line 11, without a_t, which no equation reads
             rollout_seconds = time.perf_counter() - clock
             clock = time.perf_counter()
             torch.set_num_threads(min(ranks.CPUS, 4))
@@ -384,7 +391,8 @@ if __name__ == "__main__":
             losses_critic = []
             n, J = len(r) * WORLD, FRESH_LATENTS
             # lines 17-18: x' ~ π_θ(· | s'); θ rests during the critic epochs, so J latents a state serve Eq. 5 and V (D5)
-            noise = torch.randn(2 * n * J, D, generator=generator, device=device).view(2, -1, E, J, D)[:, :, own].reshape(-1, D)  # of (s | s', W T, m, J)
+            noise = torch.randn(2 * n * J, D, generator=generator, device=device).view(2, -1, E, J, D)  # for s, and for s'
+            noise = noise[:, :, own].reshape(-1, D)  # (2 W T m J, D)
             fresh = actor.sample(torch.cat([s, s_next]).repeat_interleave(J, 0), args.flow_steps, noise=noise)
             x_fresh, x_next_fresh = fresh.view(2, -1, J, D)  # (W T m, J, D) each
             for epoch in range(args.critic_epochs):
@@ -421,7 +429,7 @@ if __name__ == "__main__":
             if args.anneal_lr:  # late steps would only move the latents about: the drift of D4
                 actor_optimizer.param_groups[0]["lr"] = args.actor_lr * max(0.0, 1 - steps_before / args.total_env_steps)
             infos, actor_steps, stopped = [], 0, iteration <= args.critic_warmup  # D11: the critics alone at first
-            for epoch in range(args.actor_epochs):  # drawn in the warm-up too, so that all later draws are the same with and without it
+            for epoch in range(args.actor_epochs):  # drawn in the warm-up too: later draws are the same with and without it
                 for i in torch.randperm(n, generator=generator, device=device).split(args.minibatch_size):
                     if stopped or len(i) < 2:
                         break
@@ -448,7 +456,7 @@ if __name__ == "__main__":
                     actor_optimizer.zero_grad()
                     loss_actor.backward()
                     ranks.sum_gradients(actor)
-                    torch.nn.utils.clip_grad_norm_(actor.parameters(), 1.0)
+                    torch.nn.utils.clip_grad_norm_(actor.parameters(), 1.0)  # the paper names no limit
                     actor_optimizer.step()
                     actor_steps += 1
             loss_critic = sum(ranks.gathered(torch.stack(losses_critic).mean().item()))
@@ -466,15 +474,15 @@ if __name__ == "__main__":
             q_mean, q_spread, explore_shift = np.mean(ranks.gathered(own_means.tolist()), 0)
             mean = lambda values: float(np.mean(values)) if len(values) else ""
             row = {"iteration": iteration, "charts/env_steps": env_steps, "charts/success": mean(recent),
-                   "charts/return": mean([e[4] for e in ended_episodes]), "charts/episode_length": mean([e[3] for e in ended_episodes]),
-                   "charts/success_length": mean([e[3] for e in ended_episodes if e[2]]),
+                   "charts/return": mean(returns), "charts/episode_length": mean(lengths),
+                   "charts/success_length": mean([length for length, success in zip(lengths, successes) if success]),
                    "charts/SPS": (env_steps - steps_before) / (rollout_seconds + update_seconds), "charts/rollout_seconds": rollout_seconds,
                    "charts/update_seconds": update_seconds, "losses/critic": loss_critic / args.num_critics, "losses/actor_steps": actor_steps,
                    "critic/explained_variance": explained_variance.item(), "critic/advantage_std": adv.std().item(),
                    "critic/q_mean": q_mean, "critic/q_spread": q_spread, "latent/explore_shift": explore_shift,
                    "latent/norm": executed.norm(dim=-1).mean().item(), "latent/std": executed.flatten(0, 1).std(0).mean().item(),
                    "latent/mean_abs": executed.mean((0, 1)).abs().mean().item()}  # fmt: skip
-            for key in ("actor", "surrogate", "ratio_mean", "ratio_std", "clip_fraction", "floor_share", "delta_mean", "delta_std", "cfm_loss"):
+            for key in "actor surrogate ratio_mean ratio_std clip_fraction floor_share delta_mean delta_std cfm_loss".split():
                 row[f"losses/{key}"] = torch.stack([info[key] for info in infos]).mean().item() if infos else ""
 
             # ---- evaluate on the states that training never sees ----
@@ -484,7 +492,7 @@ if __name__ == "__main__":
                 result = evaluate("tuned", args.eval_episodes if last else max(1, args.eval_episodes // 2), record=args.video and last)
                 evaluations.append(e := summary(result))
                 row.update(evaluation_columns(result) | {"eval/strict": e["strict"] / e["episodes"]})
-                videos["tuned"] = result
+                results["tuned"] = result
             if due and RANK == 0:
                 logs.latents.add(result, np.flatnonzero(result["episode"] < 50))
                 bar.write(f"{env_steps:9,d} steps  {elapsed() / 60:5.1f} min  tuned {rate(e['success'], e['episodes'])}")
@@ -495,8 +503,8 @@ if __name__ == "__main__":
                 save(f"step{env_steps:08d}.pt")
 
         # ---- the result ----
-        if "tuned" in videos and "base" not in videos:  # a resumed run has not played the base itself
-            videos["base"] = evaluate("base", args.eval_episodes, record=args.video, log=False)
+        if "tuned" in results and "base" not in results:  # a resumed run has not played the base itself
+            results["base"] = evaluate("base", args.eval_episodes, record=args.video, log=False)
         if RANK > 0:
             raise SystemExit
         final = {e["policy"]: e for e in evaluations}  # the last one of each
@@ -504,11 +512,12 @@ if __name__ == "__main__":
         print(f"{'':14}{'success (official)':^26}{'strict':^26}  n")
         for e in final.values():
             print(f"{e['policy']:14}{rate(e['success'], e['episodes']):26}{rate(e['strict'], e['episodes']):26}{e['episodes']:5}")
-        if "tuned" in videos:
+        if "tuned" in results:
             print_gain(final["base"], final["tuned"])
-            before, after = videos["base"], videos["tuned"]
+            before, after = results["base"], results["tuned"]
             for kind, members in compare(before, after).items():
-                for i in members[:1] if args.video else ():  # Fig. 4a, 6: base left, tuned right, from the same initial state
+                filmed = [i for i in members if len(before["qpos"][i]) and len(after["qpos"][i])] if args.video else []
+                for i in filmed[:1]:  # Fig. 4a, 6: base left, tuned right, from the same initial state
                     film = folder / f"{kind}_episode{i}.mp4"
                     write_side_by_side(film, workers.render([before["qpos"][i][::4], after["qpos"][i][::4]]), env_aloha.FPS / 4)
                     print(f"{kind}, base | tuned: {film}")

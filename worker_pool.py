@@ -37,8 +37,8 @@ def _call(function, jobs):
 
 
 class WorkerPool:
-    """`num_workers` processes, each with its own `build(*arguments)`. A worker that dies, or is silent for `timeout` seconds, is
-    replaced and its jobs are done again; a job that kills its worker twice is lost."""
+    """`num_workers` processes, each with its own `build(*arguments)`. A worker that dies, or needs more than `timeout` seconds
+    for a piece of work (its start included, and up to 1 / (2 num_workers) of the jobs of a map), is replaced and its jobs are done again; a job that kills its worker twice is lost."""
 
     def __init__(self, num_workers, build, *arguments, timeout=WORKER_TIMEOUT):
         self.num_workers, self.initargs, self.timeout = num_workers, (build, arguments), timeout

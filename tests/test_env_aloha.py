@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from env_aloha import (
-    HORIZON, START_ACTION, Simulator, TrainingEnvs, Workers, observe, sample_box_poses, strict_success,
+    HORIZON, START_ACTION, Simulator, TrainingEnvs, Workers, evaluation_poses, observe, play_episodes, sample_box_poses, strict_success,
 )  # fmt: skip
 from worker_pool import WorkerPool
 
@@ -132,7 +132,7 @@ def test_same_trajectories_whatever_the_number_of_workers(workers):
 
 
 def test_training_evaluation_and_demonstration_states_are_disjoint(workers):
-    evaluation = sample_box_poses(np.random.default_rng([0, 0]), 500)
+    evaluation = evaluation_poses(500)
     training = np.concatenate([sample_box_poses(np.random.default_rng([1, seed, i]), 50) for seed in range(6) for i in range(32)])
     demonstrations = np.concatenate([sample_box_poses(np.random.default_rng([2, seed]), 800) for seed in range(3)])
     everything = np.concatenate([evaluation, training, demonstrations])[:, :2]
@@ -186,6 +186,28 @@ def test_a_lost_job_is_lost_alone_or_is_an_error():
             with pytest.raises(ChildProcessError, match="1 of "):
                 pool.map(die_at_three, numbers, may_lose=lossy)
         assert pool.map(die_at_three, [4, 5]) == [4, 5]
+
+
+class Deadly:
+    """Actions that end the process which unpickles those of episode 1."""
+
+    def __getitem__(self, key):
+        return self if key[0] == 1 else np.tile(START_ACTION, (HORIZON, 1))
+
+    def __reduce__(self):
+        return os._exit, (1,)
+
+
+def test_recorded_episodes_start_with_their_first_state_and_survive_a_lost_chunk():
+    poses = evaluation_poses(3)
+    with Workers(2) as workers:
+        actions = np.tile(START_ACTION, (3, HORIZON, 1))
+        actions[2, 5] = np.nan
+        result = play_episodes(workers, poses, lambda _: actions, record=True)
+        assert [len(q) for q in result["qpos"]] == [HORIZON + 1, HORIZON + 1, 1] and list(result["diverged"]) == [False, False, True]
+        np.testing.assert_array_equal([q[0, 16:] for q in result["qpos"]], poses)
+        result = play_episodes(workers, poses, lambda _: Deadly(), record=True)
+        assert [len(q) for q in result["qpos"]] == [HORIZON + 1, 0, HORIZON + 1] and list(result["diverged"]) == [False, True, False]
 
 
 def test_strict_success_needs_ten_steps_in_a_row():

@@ -235,7 +235,7 @@ def test_episodes_end_at_success_or_at_the_limit(workers, simulator):
     idle = lambda observations: np.tile([0, 0, 0, 0, 0, 0, -1.0], (len(observations), 100, 1))
     result = play_episodes(workers, [56, 56], [official(0), official(1)], idle, record=True)
     assert list(result["length"]) == [400, 400] and not result["success"].any() and list(result["decisions"]) == [4, 4]
-    assert [len(f) for f in result["frames"]] == [400, 400]
+    assert [len(f) for f in result["frames"]] == [401, 401]  # the first state too
 
 
 def test_rendering_follows_the_recorded_arm(workers):

@@ -179,7 +179,10 @@ def test_eval_only_prints_the_same_success_as_the_run(finished):
     (["--eval-only", "--checkpoint", "runs/whole/last.pt", "--latent-dim", "12"], ["steers 24 latent dimensions and not 12", "--latent-dim"]),
     (["--eval-only", "--checkpoint", "runs/whole/last.pt", "--flow-steps", "4"], ["trained with --flow-steps 8"]),
     (["--literal", "--self-anchor", "0.5"], ["--self-anchor is 0.5", "--literal sets it to 0.0"]),
-    (["--weights", "nowhere.safetensors"], ["--weights", "nowhere.safetensors"]),
+    (["--explore-steps", "1"], ["--explore-steps is 1", "--explore-grid end"]),
+    (["--eval-only", "--video"], ["--video", "--checkpoint"]),
+    (["--base", "pi0", "--eval-only", "--weights", "one", "--checkpoint", "two"], ["--checkpoint is two", "--weights one", "leave one out"]),
+    (["--weights", "nowhere.safetensors"], ["--weights", "nowhere.safetensors", "--task aloha"]),
     (["--weights", "truncated.safetensors"], ["--weights", "truncated"]),
     (["--resume", "runs/nothing"], ["--resume is runs/nothing", "no run"]),
     (["--resume", "runs/whole", "--beta", "0.3"], ["--beta", "leave that flag out"]),
@@ -250,7 +253,7 @@ def test_a_file_that_cannot_be_written_stops_the_run_with_one_sentence(tmp_path)
         time.sleep(0.02)
     psutil.Process(process.pid).rlimit(psutil.RLIMIT_FSIZE, (500_000, 500_000))
     message = process.communicate(timeout=100)[1]
-    assert process.returncode == 1 and "cannot be written" in message and "--resume runs/full" in message and "Traceback" not in message, message
+    assert process.returncode == 1 and "mend that" in message and "--resume runs/full" in message and "Traceback" not in message, message
     from run_files import load_checkpoint
 
     assert load_checkpoint(tmp_path / "runs" / "full" / "last.pt", "--resume", "aloha")["env_steps"] < 1600

@@ -151,7 +151,7 @@ def measure(base, args, latents):
     if args.task == "aloha":
         env = importlib.import_module("env_aloha")
         with env.Workers(args.workers) as workers:
-            poses = env.sample_box_poses(np.random.default_rng([0, 0]), n)  # 0: evaluation; never training or demonstrations
+            poses = env.evaluation_poses(n)
             result = env.play_episodes(workers, poses, act)
         counts = dict(official=result["success"].sum(), strict=result["strict"].sum())
     else:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 ENTRIES = [  # what the paper calls it, file, code
-    ("Eq. 1, return of an episode", "train_aloha.py", "episode_return = step["),
+    ("Eq. 1, return of an episode", "train_aloha.py", "episode_return = success"),
     ("Eq. 2, Δℓ", "fpo_loss.py", "delta = cfm_init - cfm"),
     ("Eq. 3, ratio ρ", "fpo_loss.py", "return torch.exp(beta * z)"),
     ("Eq. 4, clipped surrogate", "fpo_loss.py", "surrogate = torch.min("),
@@ -23,7 +23,7 @@ ENTRIES = [  # what the paper calls it, file, code
     ("line 2", "train_aloha.py", "# ---- for each iteration (line 2) ----"),
     ("line 3, θ_old", "train_aloha.py", "# ---- rollout phase (lines 3-12)"),
     ("line 6, observe", "train_aloha.py", "s_after, context = base.encode("),
-    ("line 7, sample x", "train_aloha.py", "x_0 = actor.sample("),
+    ("line 7, sample x", "train_aloha.py", "x0 = actor.sample("),
     ("line 8, decode", "train_aloha.py", "a = base.decode("),
     ("line 9, step", "train_aloha.py", "step = envs.step("),
     ("line 10, cache ℓ_init", "train_aloha.py", "cfm_init = actor.cfm_loss("),

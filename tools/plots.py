@@ -33,6 +33,7 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from sklearn.metrics import silhouette_score
 
+from results import evaluations, on_common_states
 from run_files import load_checkpoint, stop, write_atomically
 
 BLUE, RED, GREEN, GREY = "#332288", "#cc6677", "#117733", "0.4"  # Paul Tol's muted scheme, safe for colour-blind readers
@@ -99,30 +100,29 @@ def draw_seeds(axes, curves, color, label, most=None):
 
 def draw_curves(out, name, folders, title, paper):
     """Success on held-out states, return of the training episodes, and their length: all, and successful ones only."""
-    keys = ("charts/env_steps", "eval/success", "charts/return", "charts/episode_length", "charts/success_length")
+    keys = ("charts/env_steps", "charts/return", "charts/episode_length", "charts/success_length")
     seeds = [read_columns(folder / "metrics.csv", keys) for folder in folders]
-    base = []
+    success = []
     for folder, seed in zip(folders, seeds):
-        with open(folder / "eval.csv", newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row["policy"] == "base"]
-        base.append(np.mean([int(row["success"]) for row in rows]))
+        tested = on_common_states(evaluations(folder / "eval.csv"))
+        points = [(steps, 100 * v.mean(), len(v)) for (policy, steps), v in tested.items() if policy == "tuned" or (policy, steps) == ("base", 0)]
+        success.append(np.array(points).T)
         # before any episode can have reached the time limit, those that have ended are the short, successful ones
         num_envs = json.loads((folder / "args.json").read_text())["args"]["num_envs"]
-        early = seed[0] < num_envs * max(int(row["length"]) for row in rows)
-        for column in seed[2:]:
+        with open(folder / "eval.csv", newline="") as file:
+            early = seed[0] < num_envs * max(int(row["length"]) for row in csv.DictReader(file))
+        for column in seed[1:]:
             column[early] = np.nan
     figure, panels = plt.subplots(1, 3, figsize=(10, 3.1))
-    tested = [np.isfinite(seed[1]) for seed in seeds]
-    success = [(np.r_[0, seed[0][at]], 100 * np.r_[b, seed[1][at]]) for seed, at, b in zip(seeds, tested, base)]
-    draw_seeds(panels[0], success, BLUE, "held-out states", 100)
-    panels[0].axhline(100 * np.mean(base), color=GREY, ls="--", lw=1, label="base")
+    draw_seeds(panels[0], [(steps, shares) for steps, shares, _ in success], BLUE, f"the same {success[0][2, 0]:.0f} held-out states", 100)
+    panels[0].axhline(np.mean([shares[0] for _, shares, _ in success]), color=GREY, ls="--", lw=1, label="base")
     if paper:
         panels[0].axhline(paper[1], color=GREY, ls="-.", lw=1, label=f"the paper's π$_0$-FPO, from {paper[0]} %")
     panels[0].set(ylabel="success (%)", ylim=(0, 102))
-    draw_seeds(panels[1], [(seed[0], smooth(seed[2])) for seed in seeds], BLUE, "training episodes", 1)
+    draw_seeds(panels[1], [(seed[0], smooth(seed[1])) for seed in seeds], BLUE, "training episodes", 1)
     panels[1].set(ylabel="return (Eq. 1)", ylim=(0, 1.02))
-    draw_seeds(panels[2], [(seed[0], smooth(seed[3])) for seed in seeds], BLUE, "all training episodes")
-    draw_seeds(panels[2], [(seed[0], smooth(seed[4])) for seed in seeds], GREEN, "successful ones only")
+    draw_seeds(panels[2], [(seed[0], smooth(seed[2])) for seed in seeds], BLUE, "all training episodes")
+    draw_seeds(panels[2], [(seed[0], smooth(seed[3])) for seed in seeds], GREEN, "successful ones only")
     panels[2].set(ylabel="episode length (control steps)", ylim=(0, None))
     for panel in panels:
         panel.set(xlabel="environment steps (millions)", xlim=(0, None))
@@ -411,10 +411,10 @@ def draw_strip(out, folder, columns=6):
         stop(f"--strip is {folder}, where no episode fails with the base and succeeds with the tuned actor")
     task_id, episode = chosen
     if aloha:
-        from env_aloha import FPS, Workers, play_episodes, sample_box_poses
+        from env_aloha import FPS, Workers, evaluation_poses, play_episodes
 
         workers = Workers(1)
-        poses = sample_box_poses(np.random.default_rng([0, 0]), episode + 1)
+        poses = evaluation_poses(episode + 1)
         play = lambda act: play_episodes(workers, poses[episode:], act, True)
         pictures = lambda result, at: workers.render([result["qpos"][0][at]])[0]
     else:

@@ -25,8 +25,8 @@ from run_files import rate, wilson
 
 # folder, runs that count there, runs that are the seeds of the picture, its title, the paper's figure and its name
 PICTURES = (
-    ("aloha", "", "seed", "FPO on ALOHA Transfer Cube: 100 episodes a point, 200 at both ends", 65, "paper (π$_0$) at 1.6 M"),
-    ("libero", "butter", "butter_seed", "FPO on LIBERO, butter in the tray: 25 official states a point, 50 at both ends", 78.5, "paper (π$_0$)"),
+    ("aloha", "", "seed", "FPO on ALOHA Transfer Cube: the first 100 evaluation states at every point", 65, "paper (π$_0$) at 1.6 M"),
+    ("libero", "butter", "butter_seed", "FPO on LIBERO, butter in the tray: the first 25 official states at every point", 78.5, "paper (π$_0$)"),
 )
 # LIBERO's suites: name, the paper's π_0-FPO (Table I, %)
 SUITES = dict(libero_spatial=("LIBERO-Spatial", 97.2), libero_object=("LIBERO-Object", 97.3), libero_goal=("LIBERO-Goal", 89.4),
@@ -65,6 +65,13 @@ def evaluations(path):
             columns["strict"].append(int(row.get("strict", row["success"])))  # LIBERO knows one success only
             columns["episode"].append((row.get("task_id"), row["episode"]))
     return {key: {name: v if name == "episode" else np.array(v) for name, v in columns.items()} for key, columns in episodes.items()}
+
+
+def on_common_states(run):
+    """Success on the states that every evaluation plays: only there can the points of a curve be compared. run: of `evaluations`.
+    -> {(policy, env_steps): (n,)}"""
+    common = set.intersection(*(set(columns["episode"]) for columns in run.values()))
+    return {key: columns["success"][[episode in common for episode in columns["episode"]]] for key, columns in run.items()}
 
 
 def last_evaluation(run, policy="tuned"):
@@ -220,14 +227,15 @@ def write_ablations(path):
 def draw_curve(folder, seeds, title, papers, paper_label):
     """curve.png of a folder: success on held-out states over training, a line a seed."""
     figure, axes = plt.subplots(figsize=(6.4, 3.6), dpi=150)
+    seeds = {name: on_common_states(run) for name, run in seeds.items()}
     for color, (name, run) in zip(COLORS, seeds.items()):
-        points = [(0, run["base", 0]["success"])] + [(steps, e["success"]) for (policy, steps), e in run.items() if policy == "tuned"]
+        points = [(0, run["base", 0])] + [(steps, v) for (policy, steps), v in run.items() if policy == "tuned"]
         steps = np.array([t for t, _ in points]) / 1e6
         low, high = np.array([wilson(v.sum(), len(v)) for _, v in points]).T
         axes.plot(steps, [100 * v.mean() for _, v in points], color=color, marker="o", ms=3, lw=1.2, label="seed " + name.split("seed")[1])
         axes.fill_between(steps, 100 * low, 100 * high, color=color, alpha=0.12, lw=0)
     for policy, style in (("base", "--"), ("zero latents", ":")):
-        share = np.mean([run[policy, 0]["success"].mean() for run in seeds.values()])
+        share = np.mean([run[policy, 0].mean() for run in seeds.values()])
         axes.axhline(100 * share, color="0.35", ls=style, lw=1, label=policy)
     axes.axhline(papers, color="0.35", ls="-.", lw=1, label=paper_label)
     axes.set(xlabel="environment steps of training (millions)", ylabel="success on held-out states (%)", ylim=(0, 102), xlim=(0, None))

@@ -26,7 +26,7 @@ import tyro
 from tqdm import tqdm
 
 from base_flow import FlowBase
-from env_aloha import TrainingEnvs, Workers, play_episodes, sample_box_poses
+from env_aloha import TrainingEnvs, Workers, evaluation_poses, play_episodes
 from fpo_actor import FlowActor, draw_flow_noise
 from ranks import CPUS
 from run_files import CsvLog, compare, evaluation_columns, new_run_folder, rate, save_checkpoint, stop, write_args
@@ -108,7 +108,7 @@ if __name__ == "__main__":
             x = actor.sample(s, args.flow_steps, noise) if policy == "tuned" else torch.randn(n, D, generator=noise, device=device) * (policy == "base")
             return base.decode(context, x).cpu().numpy()
 
-        result = play_episodes(workers, sample_box_poses(np.random.default_rng([0, 0]), n), act)
+        result = play_episodes(workers, evaluation_poses(n), act)
         for i in range(n):
             row = {key: int(result[key][i]) for key in ("success", "strict", "length", "diverged")}
             episode_log.write(dict(row, policy=policy, env_steps=env_steps * (policy == "tuned"), episode=i))

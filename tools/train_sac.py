@@ -145,7 +145,7 @@ if __name__ == "__main__":
     metrics_log = CsvLog(folder / "metrics.csv", METRICS)
     episode_log = CsvLog(folder / "eval.csv", "policy env_steps episode success strict length diverged".split())
     if aloha:
-        from env_aloha import TrainingEnvs, Workers, play_episodes, sample_box_poses
+        from env_aloha import TrainingEnvs, Workers, evaluation_poses, play_episodes
 
         workers = Workers(args.num_workers)
     else:
@@ -169,7 +169,7 @@ if __name__ == "__main__":
             return base.decode(context, x).cpu().numpy()
 
         if aloha:
-            result = play_episodes(workers, sample_box_poses(np.random.default_rng([0, 0]), n), act)
+            result = play_episodes(workers, evaluation_poses(n), act)
         else:
             result = play_episodes(workers, [56] * n, [official(i) for i in range(n)], act)
         for i in range(n):
