@@ -162,14 +162,15 @@ def test_tables_of_the_ablations(tmp_path):
     from results import write_ablations
     from scipy import stats
 
-    lines = ["row,seed,policy,env_steps,successes,episodes"]
+    lines = ["row,seed,policy,env_steps,successes,episodes,steps_to_90"]
     for seed, counts in ((1, (10, 20, 30, 40)), (2, (20, 30, 40, 50)), (3, (30, 40))):
-        lines += [f"aloha_no_clip,{seed},base,0,20,50"] + [f"aloha_no_clip,{seed},tuned,{k},{c},50" for k, c in enumerate(counts)]
+        lines += [f"aloha_no_clip,{seed},base,0,20,50,"] + [f"aloha_no_clip,{seed},tuned,{k},{c},50,{'' if seed == 3 else 100_000 + 1000 * seed}" for k, c in enumerate(counts)]
     (tmp_path / "runs.csv").write_text("\n".join(lines) + "\n")
     write_ablations(tmp_path / "runs.csv")
     interval = stats.t.interval(0.95, 2, 260 / 3, stats.sem([80, 100, 80]))
     table = (tmp_path / "table2.md").read_text()
     assert "| 3 | 40.0 % ± " in table and f"**86.7 % ± {interval[1] - 260 / 3:.1f}**" in table
+    assert "| 102 ± 6, 2 of 3 seeds |" in table
     assert "without PPO clipping,\"ALOHA, 0.8 M steps\",3," in (tmp_path / "table2.csv").read_text()
 
 

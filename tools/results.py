@@ -187,28 +187,42 @@ def write_table_1(folder):
 
 def over_seeds(values):
     """Mean and 95 % t interval over seeds of success rates, as a cell of a table."""
-    values = 100 * np.array(values)
+    return mean_and_interval(100 * np.array(values), "{:.1f}", " %")
+
+
+def mean_and_interval(values, digits, unit=""):
+    """Mean and 95 % t interval of some numbers, as text; of one number, that number."""
+    mean = digits.format(np.mean(values)) + unit
     if len(values) < 2:
-        return f"{values.mean():.1f} % (1 seed)"
-    return f"{values.mean():.1f} % ± {stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)):.1f}"
+        return mean
+    return f"{mean} ± " + digits.format(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
 
 
 def write_ablations(path):
-    """table2.md and extras.md beside runs.csv: success at a quarter, half and all of the budget, mean and t interval over seeds."""
-    runs = {}
+    """table2.md and extras.md beside runs.csv: success at a quarter, half and all of the budget, the control steps until 90 of the last 100
+    training episodes succeeded, and the latents' mean norm in the last quarter; mean and t interval over seeds."""
+    runs, last = {}, {}
     with open(path, newline="") as file:
         for line in csv.DictReader(file):
             evaluated = runs.setdefault(line["row"], {}).setdefault(line["seed"], [])
             if line["policy"] == "tuned":
                 evaluated.append(int(line["successes"]) / int(line["episodes"]))
+                last.setdefault(line["row"], {})[line["seed"]] = line
 
     def cells(row):
         """The seeds, and success at each of the four evaluations; a run that stopped early counts with its last one."""
         seeds = [s for s in runs.get(row, {}).values() if s]
         at = lambda k: over_seeds([s[min(k, len(s) - 1)] for s in seeds])
-        return [str(len(seeds)), at(0), at(1), f"**{at(3)}**"] if seeds else None
+        return [str(len(seeds)), at(0), at(1), f"**{at(3)}**", over_those_that_have(row, "steps_to_90", 1e-3, "{:.0f}"),
+                over_those_that_have(row, "latent/norm", 1, "{:.1f}")] if seeds else None  # fmt: skip
 
-    head = ["seeds", "a quarter", "half", "all"]
+    def over_those_that_have(row, column, factor, digits):
+        """Mean and interval of a column of the last evaluations, over the seeds where it is not empty."""
+        found = [float(line[column]) * factor for line in last[row].values() if line.get(column)]
+        missing = len(last[row]) - len(found)
+        return "–" if not found else mean_and_interval(found, digits) + (f", {len(found)} of {len(last[row])} seeds" if missing else "")
+
+    head = ["seeds", "a quarter", "half", "all", "thousand steps to 90 %", "latents' norm"]
     lines = ["| row | task | " + " | ".join(head) + " | paper, butter/tray |", "|" + "---|" * (len(head) + 3)]
     for row, (label, paper) in TABLE_2.items():
         for task, name in (("aloha", "ALOHA, 0.8 M steps"), ("butter", "butter/tray, 0.25 M")):

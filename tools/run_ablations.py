@@ -68,8 +68,8 @@ ROWS = {
     "short_shuffled": (3, f"{SHORT} --shuffle-advantages"),
     "short_cloning": (3, "tools/train_cloning.py --task aloha --total-env-steps 400000 --eval-every 100000 --eval-episodes 100"),
 }  # fmt: skip
-COLUMNS = ("row seed policy env_steps successes episodes status minutes losses/cfm_loss losses/delta_std losses/clip_fraction losses/floor_share "
-           "latent/std command").split()  # fmt: skip
+MEANS = "losses/cfm_loss losses/delta_std losses/clip_fraction losses/floor_share latent/norm latent/std".split()  # over the iterations since the last evaluation
+COLUMNS = ["row", "seed", "policy", "env_steps", "successes", "episodes", "status", "minutes", "steps_to_90", *MEANS, "command"]
 RESUMED = ("train_aloha.py", "train_libero.py")
 
 
@@ -97,7 +97,8 @@ def finished(path):
 
 
 def evaluations(folder):
-    """The evaluations of a run folder, in order: dicts with the columns of runs.csv that it knows."""
+    """The evaluations of a run folder, in order: dicts with the columns of runs.csv that it knows. steps_to_90: control steps after which 90
+    of the last 100 training episodes have succeeded; empty if they never have."""
     counts = {}
     with open(folder / "eval.csv", newline="") as file:
         for episode in csv.DictReader(file):
@@ -105,10 +106,19 @@ def evaluations(folder):
             count[0] += int(episode["success"])
             count[1] += 1
     with open(folder / "metrics.csv", newline="") as file:
-        metrics = {line["charts/env_steps"]: line for line in csv.DictReader(file)}
+        metrics = list(csv.DictReader(file))
+    steps = [int(line["charts/env_steps"]) for line in metrics]
+    # not before 100 episodes can have ended: the first ones are the quick, successful ones
+    reached = [t for t, line in zip(steps, metrics) if t >= 50_000 and float(line["charts/success"]) >= 0.9]
+    before = 0
     for (policy, env_steps), (successes, episodes) in counts.items():
-        known = metrics.get(env_steps, {}) if policy == "tuned" else {}
-        yield dict({key: known[key] for key in COLUMNS if key in known}, policy=policy, env_steps=env_steps, successes=successes, episodes=episodes)
+        known = {}
+        if policy == "tuned":
+            since = [line for t, line in zip(steps, metrics) if before < t <= int(env_steps)]
+            columns = {key: [float(line[key]) for line in since if line.get(key)] for key in MEANS}
+            known = {key: f"{sum(values) / len(values):.6g}" for key, values in columns.items() if values}
+            known["steps_to_90"], before = min(reached, default=""), int(env_steps)
+        yield dict(known, policy=policy, env_steps=env_steps, successes=successes, episodes=episodes)
 
 
 def run(row, seed):
