@@ -126,8 +126,7 @@ class Args:
     shuffle_advantages: bool = False
     """permute the advantages: a control that must not learn (D14)"""
     literal: bool = False
-    """D2, D4 and D5 as the paper's words have them: σ floor 1e-8, stored value latents, no stabiliser but the falling learning rate and
-    the limit of the gradient's norm"""
+    """D2, D4 and D5 to the letter: σ floor 1e-8, stored value latents, no stabiliser but the falling learning rate and gradient clipping"""
     base: Literal["embedded", "pi0"] = "embedded"
     """the frozen base policy π_0: the small flow policy that ships in weights/, or π_0 itself through lerobot"""
     weights: str | None = None

@@ -130,13 +130,11 @@ class Args:
     shuffle_advantages: bool = False
     """permute the advantages: a control that must not learn (D14)"""
     literal: bool = False
-    """D2, D4 and D5 as the paper's words have them: σ floor 1e-8, stored value latents, no stabiliser but the falling learning rate and
-    the limit of the gradient's norm"""
+    """D2, D4 and D5 to the letter: σ floor 1e-8, stored value latents, no stabiliser but the falling learning rate and gradient clipping"""
     base: Literal["embedded", "pi0"] = "embedded"
     """the frozen base policy π_0: the small flow policy that ships in weights/, or π_0 itself through lerobot"""
     weights: str | None = None
-    """the base: a file for embedded, weights/<suite>.safetensors (libero_90: with _task56) beside this script if left out; for pi0 a folder
-    or a name on the hub"""
+    """the base: for embedded a file, weights/<suite or libero_90_task56>.safetensors if left out; for pi0 a folder or a name on the hub"""
     latent: Literal["dct", "full", "repeat"] = "dct"
     """pi0: what the latents stand for in its noise: low modes along time, every number, or one row repeated as in DSRL (D12)"""
     latent_modes: int = 4
