@@ -32,7 +32,8 @@ OTHERS = {"logdir", "nproc-per-node", "max-restarts", "nnodes", "rdzv-backend", 
 
 
 def test_every_flag_and_file_named_exists():
-    files = ("train_aloha.py", "train_libero.py", "tools/clone_base.py", "tools/plots.py", "tools/fault_campaign.py", "tools/check_monotonicity.py")
+    files = ("train_aloha.py", "train_libero.py", "tools/clone_base.py", "tools/plots.py", "tools/fault_campaign.py", "tools/check_monotonicity.py",
+             "tools/run_ablations.py")  # fmt: skip
     source = "".join((ROOT / file).read_text() for file in files)
     for flag in set(re.findall(r"--([a-z]+(?:-[a-z]+)*)", README)) - OTHERS:
         names = {flag.replace("-", "_"), flag.removeprefix("no-").replace("-", "_")}  # tyro: --no-x switches x off

@@ -81,7 +81,12 @@ def last_evaluation(run, policy="tuned"):
 
 def cell(successes):
     """A success rate with its interval, as a cell of a table. successes: (n,)"""
-    return rate(successes.sum(), len(successes)).strip().replace(" %  ", " % ")
+    return of_one_seed(successes.sum(), len(successes))
+
+
+def of_one_seed(successes, episodes):
+    """The same, of counts."""
+    return rate(successes, episodes).strip().replace(" %  ", " % ")
 
 
 def table_row(name, run):
@@ -200,19 +205,23 @@ def mean_and_interval(values, digits, unit=""):
 
 def write_ablations(path):
     """table2.md and extras.md beside runs.csv: success at a quarter, half and all of the budget, the control steps until 90 of the last 100
-    training episodes succeeded, and the latents' mean norm in the last quarter; mean and t interval over seeds."""
+    training episodes succeeded, and the latents' mean norm in the last quarter; mean and t interval over seeds, of one seed Wilson's over episodes."""
     runs, last = {}, {}
     with open(path, newline="") as file:
         for line in csv.DictReader(file):
             evaluated = runs.setdefault(line["row"], {}).setdefault(line["seed"], [])
             if line["policy"] == "tuned":
-                evaluated.append(int(line["successes"]) / int(line["episodes"]))
+                evaluated.append((int(line["successes"]), int(line["episodes"])))
                 last.setdefault(line["row"], {})[line["seed"]] = line
 
     def cells(row):
         """The seeds, and success at each of the four evaluations; a run that stopped early counts with its last one."""
         seeds = [s for s in runs.get(row, {}).values() if s]
-        at = lambda k: over_seeds([s[min(k, len(s) - 1)] for s in seeds])
+
+        def at(k):
+            counts = [s[min(k, len(s) - 1)] for s in seeds]
+            return over_seeds([successes / episodes for successes, episodes in counts]) if len(counts) > 1 else of_one_seed(*counts[0])
+
         return [str(len(seeds)), at(0), at(1), f"**{at(3)}**", over_those_that_have(row, "steps_to_90", 1e-3, "{:.0f}"),
                 over_those_that_have(row, "latent/norm", 1, "{:.1f}")] if seeds else None  # fmt: skip
 
