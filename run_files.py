@@ -212,7 +212,7 @@ def clean_end(script, folder):
         stop(f"{error}. {f'Then: {resume}' if saved() else 'No checkpoint was written yet'}", code=1)
     except OSError as error:  # a full disk, say; files are written whole or not at all
         then = f"mend that, then go on with {resume}" if saved() else "no checkpoint was written yet"
-        stop(f"{error.filename or folder}: {error.strerror or error}; {then}", code=1)
+        stop(f"{error.filename or folder} cannot be written or read ({error.strerror or error}); {then}", code=1)
 
 
 class RunLogs:

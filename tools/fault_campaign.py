@@ -220,7 +220,7 @@ def full_disk(folder, name, moment, whole, seconds, rng):
     limit = int(size * (0.3 + 0.6 * moment))
     psutil.Process(run.process.pid).rlimit(psutil.RLIMIT_FSIZE, (limit, limit))  # no file may grow beyond this, as if the disk were full
     code = run.finish()
-    assert code == 1 and "mend that" in run.said() and "Traceback" not in run.said(), f"code {code}: {run.said()[-300:]}"
+    assert code == 1 and "cannot be written" in run.said() and "Traceback" not in run.said(), f"code {code}: {run.said()[-300:]}"
     go_on(folder, run, whole)
 
 

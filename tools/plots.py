@@ -104,13 +104,13 @@ def draw_curves(out, name, folders, title, paper):
     seeds = [read_columns(folder / "metrics.csv", keys) for folder in folders]
     success = []
     for folder, seed in zip(folders, seeds):
-        tested = on_common_states(evaluations(folder / "eval.csv"))
+        run = evaluations(folder / "eval.csv")
+        tested = on_common_states(run)
         points = [(steps, 100 * v.mean(), len(v)) for (policy, steps), v in tested.items() if policy == "tuned" or (policy, steps) == ("base", 0)]
         success.append(np.array(points).T)
         # before any episode can have reached the time limit, those that have ended are the short, successful ones
         num_envs = json.loads((folder / "args.json").read_text())["args"]["num_envs"]
-        with open(folder / "eval.csv", newline="") as file:
-            early = seed[0] < num_envs * max(int(row["length"]) for row in csv.DictReader(file))
+        early = seed[0] < num_envs * run["base", 0]["length"].max()
         for column in seed[1:]:
             column[early] = np.nan
     figure, panels = plt.subplots(1, 3, figsize=(10, 3.1))

@@ -56,12 +56,13 @@ COLORS = ["#332288", "#88ccee", "#44aa99", "#999933", "#cc6677"]  # Paul Tol's m
 
 
 def evaluations(path):
-    """Episodes of every evaluation in an eval.csv, in order. -> {(policy, env_steps): {"success": (n,), "strict": (n,), "episode": …}}"""
+    """Episodes of every evaluation in an eval.csv, in order. -> {(policy, env_steps): {"success": (n,), "strict": (n,), "length": (n,), "episode": …}}"""
     episodes = {}
     with open(path, newline="") as file:
         for row in csv.DictReader(file):
-            columns = episodes.setdefault((row["policy"], int(row["env_steps"])), {"success": [], "strict": [], "episode": []})
+            columns = episodes.setdefault((row["policy"], int(row["env_steps"])), {"success": [], "strict": [], "length": [], "episode": []})
             columns["success"].append(int(row["success"]))
+            columns["length"].append(int(row["length"]))
             columns["strict"].append(int(row.get("strict", row["success"])))  # LIBERO knows one success only
             columns["episode"].append((row.get("task_id"), row["episode"]))
     return {key: {name: v if name == "episode" else np.array(v) for name, v in columns.items()} for key, columns in episodes.items()}
