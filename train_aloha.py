@@ -175,6 +175,7 @@ if __name__ == "__main__":
     if args.video and not env_aloha.rendering_available():
         stop("--video needs OpenGL, and EGL was not found; install it (Debian: apt-get install libegl1 libgl1) or leave the flag out")
     device = ranks.connect(torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"))
+    args.device = device.type  # for args.json: a resumed run stays there, for the other device cannot go on with its random numbers
     torch.set_num_threads(1)  # more for the update only: waiting threads of torch spin, and would take the workers' cores
 
     # ---- frozen base π_0, actor π_θ, critics Q_φ, targets Q_φ̄, buffer B (Algorithm 1, line 1) ----

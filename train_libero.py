@@ -189,6 +189,7 @@ if __name__ == "__main__":
         stop(f"--eval-episodes is {args.eval_episodes}; a task has {OFFICIAL_STATES} official initial states, give at most that")
     task = f"libero_90_task{'_'.join(map(str, task_ids))}" if args.suite == "libero_90" else args.suite  # the base's name for it
     device = ranks.connect(torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"))
+    args.device = device.type  # for args.json: a resumed run stays there, for the other device cannot go on with its random numbers
     torch.set_num_threads(1)  # more for the update only: waiting threads of torch spin, and would take the workers' cores
 
     # ---- frozen base π_0, actor π_θ, critics Q_φ, targets Q_φ̄, buffer B (Algorithm 1, line 1) ----

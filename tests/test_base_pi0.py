@@ -241,6 +241,12 @@ def test_the_benchmark_runs(folders, tmp_path):
         assert words in result.stdout
     nowhere = train("tools/bench_pi0.py", tmp_path, "--policy", tmp_path / "nowhere")
     assert nowhere.returncode == 2 and "--policy" in nowhere.stderr and "Traceback" not in nowhere.stderr
+    # as a user starts it, without tiny_pi0.py, which imports what knows the type "pi0"
+    (tmp_path / "no_weights").mkdir()
+    shutil.copy(folders["pi0"] / "config.json", tmp_path / "no_weights")
+    command = [sys.executable, ROOT / "tools" / "bench_pi0.py", "--policy", tmp_path / "no_weights"]
+    plain = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert plain.returncode == 2 and "model.safetensors is missing" in plain.stderr, plain.stderr
 
 
 @with_lerobot

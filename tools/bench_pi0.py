@@ -128,6 +128,7 @@ if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     try:
         from lerobot.configs import PreTrainedConfig
+        import lerobot.policies.factory  # registers the types of policies
     except ImportError as error:
         print(f"this needs lerobot ({error}): make the environment with Python 3.12 and `pip install -r requirements.txt`.", file=sys.stderr)
         sys.exit(2)

@@ -1,0 +1,103 @@
+"""On a GPU: the components against float64 on the CPU, both scripts from start to end, resume. Skipped where torch finds no CUDA device."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from base_flow import FlowBase
+from fpo_actor import FlowActor, draw_flow_noise
+from fpo_critic import QEnsemble, critic_loss, fresh_value, gae, td_target
+from fpo_loss import fpo_loss
+from test_train_aloha import ROOT, SMALL, rows, same_results
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
+FLAGS = " ".join(SMALL).replace("--device cpu", "--device cuda").replace("--eval-episodes 2", "--eval-episodes 1").split()
+
+
+def script(name, cwd, *flags, gpu=True):
+    environment = os.environ | ({} if gpu else dict(CUDA_VISIBLE_DEVICES=""))
+    command = [sys.executable, str(ROOT / name), *map(str, flags)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment)
+
+
+def everything(device, dtype):
+    """Every quantity of Algorithm 1 on random inputs, the same on every device. -> name: tensor."""
+    torch.manual_seed(0)
+    B, T, E, S, D, M = 64, 8, 8, 11, 6, 3
+    actor, old, critic, target = FlowActor(S, D), FlowActor(S, D), QEnsemble(S, D, M), QEnsemble(S, D, M)
+    for module in (actor, old, critic, target):
+        for p in module.parameters():
+            p.data = torch.randn(p.shape) / p.shape[-1] ** 0.5
+    s, s_next, r, adv = torch.randn(B, S), torch.randn(B, S), torch.rand(B), torch.randn(B)
+    noise, fresh = torch.randn(B, D), torch.randn(B, 4, D)
+    u, eps = draw_flow_noise(B, 16, D)
+    ended = (torch.rand(T, E) < 0.2).float()
+    on = lambda *tensors: [t.to(device, dtype) for t in tensors]
+    s, s_next, r, adv, noise, fresh, u, eps, ended = on(s, s_next, r, adv, noise, fresh, u, eps, ended)
+    for module in (actor, old, critic, target):
+        module.to(device, dtype)
+
+    x = actor.sample(s, 8, noise=noise)
+    explored = actor.explore(x, s, 4, 0.05)
+    cfm, departure = actor.cfm_loss(explored, s, u, eps, with_departure=True)
+    cfm_init = old.cfm_loss(explored, s, u, eps).detach()
+    loss, info = fpo_loss(cfm, cfm_init, adv, 0.2, 0.2, 0.01, self_anchor=1.0, velocity_anchor=0.1, departure=departure)
+    loss.backward()
+    y = td_target(target, r, 0.9 * torch.ones_like(r), (r > 0.8).to(dtype), s_next, x)
+    loss_critic = critic_loss(critic, s, x, y)
+    loss_critic.backward()
+    v = fresh_value(critic, s, fresh)
+    result = dict(info, x=x, explored=explored, cfm=cfm, departure=departure, loss=loss, y=y, loss_critic=loss_critic, v=v)
+    shaped = [t.view(T, E) for t in (r, v, v.roll(1), torch.full_like(r, 0.9))]
+    result["adv"] = gae(*shaped, torch.zeros_like(ended), ended, 0.95)
+    result["actor_gradient"], result["critic_gradient"] = (torch.cat([p.grad.flatten() for p in m.parameters()]) for m in (actor, critic))
+    return {name: value.detach().double().cpu() for name, value in result.items()}
+
+
+@needs_gpu
+def test_components_on_the_gpu_equal_float64_on_the_cpu():
+    exact, ours = everything("cpu", torch.float64), everything("cuda", torch.float32)
+    for name, value in exact.items():
+        assert (ours[name] - value).norm() <= 2e-5 * value.norm() + 1e-6, name
+
+
+@needs_gpu
+def test_base_on_the_gpu_equals_the_cpu():
+    for file in sorted((ROOT / "weights").glob("*.safetensors")):
+        chunks = []
+        for device in ("cpu", "cuda"):
+            torch.manual_seed(0)
+            base = FlowBase.load(file, device=device)
+            observation, w = torch.randn(16, base.state_dim), torch.randn(16, base.latent_dim)
+            chunks.append(base.decode(base.encode(base.state_mean.cpu() + observation * base.state_std.cpu())[1], w.to(device)).cpu())
+        torch.testing.assert_close(*chunks, rtol=1e-4, atol=1e-4)
+
+
+@needs_gpu
+def test_aloha_trains_resumes_and_is_evaluated(tmp_path):
+    """Two halves are the whole, bit for bit; a checkpoint of the GPU plays on a CPU, and its run does not go on there."""
+    flags = [*FLAGS, "--eval-every", 320, "--explore-steps", 4]
+    whole = script("train_aloha.py", tmp_path, *flags, "--total-env-steps", 640, "--run-name", "whole", "--no-anneal-lr")
+    assert whole.returncode == 0, whole.stderr
+    assert json.loads((tmp_path / "runs/whole/args.json").read_text())["args"]["device"] == "cuda"
+    half = script("train_aloha.py", tmp_path, *flags, "--total-env-steps", 320, "--run-name", "parts", "--no-anneal-lr")
+    assert half.returncode == 0, half.stderr
+    on_cpu = script("train_aloha.py", tmp_path, "--resume", "runs/parts", "--total-env-steps", 640, gpu=False)
+    assert on_cpu.returncode == 2 and "--resume" in on_cpu.stderr and "Traceback" not in on_cpu.stderr
+    rest = script("train_aloha.py", tmp_path, "--resume", "runs/parts", "--total-env-steps", 640)
+    assert rest.returncode == 0, rest.stderr
+    same_results(tmp_path / "runs/whole", tmp_path / "runs/parts")
+    played = ["--eval-only", "--eval-episodes", 1, "--checkpoint", "runs/whole/last.pt", "--num-workers", 1]
+    assert script("train_aloha.py", tmp_path, *played, "--device", "cpu").returncode == 0
+
+
+@needs_gpu
+def test_libero_trains(tmp_path):
+    result = script("train_libero.py", tmp_path, *FLAGS, "--total-env-steps", 400, "--run-name", "gpu")
+    assert result.returncode == 0, result.stderr
+    assert float(rows(tmp_path / "runs/gpu/metrics.csv")[-1]["losses/cfm_loss"]) > 0
