@@ -82,12 +82,7 @@ def last_evaluation(run, policy="tuned"):
 
 def cell(successes):
     """A success rate with its interval, as a cell of a table. successes: (n,)"""
-    return of_one_seed(successes.sum(), len(successes))
-
-
-def of_one_seed(successes, episodes):
-    """The same, of counts."""
-    return rate(successes, episodes).strip().replace(" %  ", " % ")
+    return rate(successes.sum(), len(successes)).strip().replace(" %  ", " % ")
 
 
 def table_row(name, run):
@@ -196,6 +191,18 @@ def over_seeds(values):
     return mean_and_interval(100 * np.array(values), "{:.1f}", " %")
 
 
+def over_seeds_and_episodes(counts):
+    """The same of a few seeds near 100 %, where rates that happen to agree make the t interval vanish: each end is the further one of
+    that and of Wilson's over all episodes. counts: (successes, episodes) a seed."""
+    successes, episodes = np.array(counts).T
+    low, high = (100 * np.array(wilson(successes.sum(), episodes.sum()))).tolist()
+    if len(counts) > 1:
+        rates = 100 * successes / episodes
+        spread = stats.t.ppf(0.975, len(counts) - 1) * rates.std(ddof=1) / np.sqrt(len(counts))
+        low, high = max(0.0, min(low, rates.mean() - spread)), min(100.0, max(high, rates.mean() + spread))
+    return f"{100 * successes.sum() / episodes.sum():.1f} % [{low:.1f}, {high:.1f}]"
+
+
 def mean_and_interval(values, digits, unit=""):
     """Mean and 95 % t interval of some numbers, as text; of one number, that number."""
     mean = digits.format(np.mean(values)) + unit
@@ -206,7 +213,7 @@ def mean_and_interval(values, digits, unit=""):
 
 def write_ablations(path):
     """table2.md and extras.md beside runs.csv: success at a quarter, half and all of the budget, the control steps until 90 of the last 100
-    training episodes succeeded, and the latents' mean norm in the last quarter; mean and t interval over seeds, of one seed Wilson's over episodes."""
+    training episodes succeeded, and the latents' mean norm in the last quarter; means over seeds, success with the wider of two intervals."""
     runs, last = {}, {}
     with open(path, newline="") as file:
         for line in csv.DictReader(file):
@@ -220,17 +227,19 @@ def write_ablations(path):
         seeds = [s for s in runs.get(row, {}).values() if s]
 
         def at(k):
-            counts = [s[min(k, len(s) - 1)] for s in seeds]
-            return over_seeds([successes / episodes for successes, episodes in counts]) if len(counts) > 1 else of_one_seed(*counts[0])
+            return over_seeds_and_episodes([s[min(k, len(s) - 1)] for s in seeds])
 
         return [str(len(seeds)), at(0), at(1), f"**{at(3)}**", over_those_that_have(row, "steps_to_90", 1e-3, "{:.0f}"),
                 over_those_that_have(row, "latent/norm", 1, "{:.1f}")] if seeds else None  # fmt: skip
 
     def over_those_that_have(row, column, factor, digits):
-        """Mean and interval of a column of the last evaluations, over the seeds where it is not empty."""
+        """Mean and interval of a column of the last evaluations, over the seeds where it is not empty; of one or two, the numbers themselves."""
         found = [float(line[column]) * factor for line in last[row].values() if line.get(column)]
         missing = len(last[row]) - len(found)
-        return "–" if not found else mean_and_interval(found, digits) + (f", {len(found)} of {len(last[row])} seeds" if missing else "")
+        if not found:
+            return "–"
+        numbers = mean_and_interval(found, digits) if len(found) > 2 else ", ".join(map(digits.format, found))
+        return numbers + (f", {len(found)} of {len(last[row])} seeds" if missing else "")
 
     head = ["seeds", "a quarter", "half", "all", "thousand steps to 90 %", "latents' norm"]
     lines = ["| row | task | " + " | ".join(head) + " | paper, butter/tray |", "|" + "---|" * (len(head) + 3)]
