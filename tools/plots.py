@@ -1,6 +1,6 @@
 """The paper's figures from finished runs, no training: PNG and SVG, and tables of latent statistics.
 
-    python tools/plots.py                                                      # Fig. 3, 4b, 5, 7 and exploration from the files in results/
+    python tools/plots.py                                                      # Fig. 3, 4b, 5, 7, Table II's curves, exploration, from results/
     python tools/plots.py --strip runs/aloha_seed1 runs/butter_seed1           # Fig. 4a, 6: plays episodes of a run folder's checkpoints (needs EGL)
     python tools/plots.py --latents runs/<name> --out pictures                 # Fig. 5 and 7 of another run
     python tools/plots.py --exploration runs/<name> --out pictures             # of a run with --explore-steps: are its perturbations correlated in time?
@@ -33,7 +33,7 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from sklearn.metrics import silhouette_score
 
-from results import evaluations, on_common_states
+from results import COLORS, TABLE_2, evaluations, on_common_states
 from run_files import load_checkpoint, stop, write_atomically
 
 BLUE, RED, GREEN, GREY = "#332288", "#cc6677", "#117733", "0.4"  # Paul Tol's muted scheme, safe for colour-blind readers
@@ -130,6 +130,38 @@ def draw_curves(out, name, folders, title, paper):
     n = len(seeds)
     figure.suptitle(f"{title}: {'mean and 95 % t interval of ' + str(n) + ' seeds' if n > 1 else '1 seed'}; training curves: running mean of 5 iterations, from the first time limit on", fontsize=9)
     save(figure, out, name)
+
+
+def draw_ablations(out, path):
+    """Table II's rows: success of the last 100 training episodes and the norm of the executed latents. A thin line a seed, a thick one their mean."""
+    with open(path, newline="") as file:
+        points = list(csv.DictReader(file))
+    figure, panels = plt.subplots(1, 4, figsize=(12, 3.1))
+    for k, (task, title) in enumerate((("aloha", "ALOHA"), ("butter", "butter/tray"))):
+        for (row, (label, _)), color in zip(TABLE_2.items(), COLORS):
+            seeds = {}
+            for point in points:
+                if point["row"] == f"{task}_{row}":
+                    seeds.setdefault(point["seed"], []).append([float(point[name]) for name in ("env_steps", "success", "norm")])
+            if not seeds:
+                continue
+            curves = [np.array(seed).T for seed in seeds.values()]
+            for steps, success, _ in curves:  # before three time limits of 32 environments most episodes that have ended are the short, successful ones
+                success[steps < 3 * 32 * 400] = np.nan
+            grid = np.linspace(max(steps[0] for steps, *_ in curves), min(steps[-1] for steps, *_ in curves), 60)
+            for panel, column, factor in ((panels[2 * k], 1, 100), (panels[2 * k + 1], 2, 1)):
+                for seed in curves:
+                    panel.plot(seed[0] / 1e6, factor * seed[column], color=color, lw=0.5, alpha=0.5)
+                mean = np.mean([np.interp(grid, seed[0], seed[column]) for seed in curves], 0)
+                panel.plot(grid / 1e6, factor * mean, color=color, lw=1.6, label=f"{label}, {len(curves)}")
+        panels[2 * k].set(ylabel="success of the last 100 training episodes (%)", ylim=(0, 102), title=title)
+        panels[2 * k + 1].set(ylabel="norm of the executed latents", title=title)
+    for panel in panels:
+        panel.yaxis.label.set_fontsize(8)
+        panel.set(xlabel="environment steps (millions)", xlim=(0, None))
+    panels[0].legend(fontsize=6.5, frameon=False, loc="lower right", title="row, number of seeds", title_fontsize=6.5)
+    panels[2].legend(fontsize=6.5, frameon=False, loc="lower right", title="row, number of seeds", title_fontsize=6.5)
+    save(figure, out, "table2")
 
 
 def draw_long_runs(out, folder):
@@ -473,6 +505,8 @@ if __name__ == "__main__":
             folders = sorted(path.parent for path in (ROOT / "results").glob(f"{pattern}/metrics.csv"))
             if folders:
                 draw_curves(args.out, name, folders, title, paper)
+        if (curves := ROOT / "results" / "ablations" / "runs_curves.csv").exists():
+            draw_ablations(args.out, curves)
         if (long_runs := ROOT / "results" / "long_run").exists():
             draw_long_runs(args.out, long_runs)
     if everything or args.latents != Args.latents:

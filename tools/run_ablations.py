@@ -4,8 +4,8 @@
     python tools/run_ablations.py                 # run what is missing, seed 1 of every row first; about 10 hours on two cores
     python tools/run_ablations.py --rows aloha_complete aloha_sac
 
-A run that has ended is one block of lines in results/ablations/runs.csv, a line an evaluation, and is not run again. One that was interrupted
-(Ctrl-C, power) goes on from its last iteration at the next call; train_sac.py and train_cloning.py start anew. Run folders are in runs/ablations/.
+A run that has ended is one block of lines in results/ablations/runs.csv, a line an evaluation, and is not run again; its curve goes into
+runs_curves.csv beside that. One that was interrupted (Ctrl-C, power) goes on from its last iteration at the next call; train_sac.py and train_cloning.py start anew. Run folders are in runs/ablations/.
 Two runs go side by side, each on its half of the cores: on two cores that is faster than one run after the other on both.
 """
 
@@ -70,6 +70,7 @@ ROWS = {
 }  # fmt: skip
 MEANS = "losses/cfm_loss losses/delta_std losses/clip_fraction losses/floor_share latent/norm latent/std".split()  # over the iterations since the last evaluation
 COLUMNS = ["row", "seed", "policy", "env_steps", "successes", "episodes", "status", "minutes", "steps_to_90", *MEANS, "command"]
+CURVE = dict(env_steps="charts/env_steps", success="charts/success", norm="latent/norm")  # columns of runs_curves.csv, and of metrics.csv
 RESUMED = ("train_aloha.py", "train_libero.py")
 
 
@@ -87,26 +88,36 @@ class Args:
     """print the commands and which are done, and end"""
 
 
-def finished(path):
-    """The lines of runs.csv, and the (row, seed) that they hold."""
+def read_table(path):
+    """The lines of a CSV file as dicts; none if it is not there."""
     if not path.exists():
-        return [], set()
+        return []
     with open(path, newline="") as file:
-        lines = list(csv.DictReader(file))
-    return lines, {(line["row"], int(line["seed"])) for line in lines}
+        return list(csv.DictReader(file))
+
+
+def write_table(path, columns, lines):
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, columns, restval="")
+    writer.writeheader()
+    writer.writerows(lines)
+    write_atomically(path, table.getvalue().encode())
+
+
+def curve(folder):
+    """Success of the last 100 training episodes and the latents' norm after every iteration of a run. -> dicts"""
+    return [{name: line[key] for name, key in CURVE.items()} for line in read_table(folder / "metrics.csv") if line["charts/success"]]
 
 
 def evaluations(folder):
     """The evaluations of a run folder, in order: dicts with the columns of runs.csv that it knows. steps_to_90: control steps after which 90
     of the last 100 training episodes have succeeded; empty if they never have."""
     counts = {}
-    with open(folder / "eval.csv", newline="") as file:
-        for episode in csv.DictReader(file):
-            count = counts.setdefault((episode["policy"], episode["env_steps"]), [0, 0])
-            count[0] += int(episode["success"])
-            count[1] += 1
-    with open(folder / "metrics.csv", newline="") as file:
-        metrics = list(csv.DictReader(file))
+    for episode in read_table(folder / "eval.csv"):
+        count = counts.setdefault((episode["policy"], episode["env_steps"]), [0, 0])
+        count[0] += int(episode["success"])
+        count[1] += 1
+    metrics = read_table(folder / "metrics.csv")
     steps = [int(line["charts/env_steps"]) for line in metrics]
     # not before 100 episodes can have ended: the first ones are the quick, successful ones
     reached = [t for t, line in zip(steps, metrics) if t >= 50_000 and float(line["charts/success"]) >= 0.9]
@@ -144,7 +155,9 @@ if __name__ == "__main__":
     if not 1 <= args.at_once <= len(CORES):
         stop(f"--at-once is {args.at_once}; give a number from 1 to {len(CORES)}, the cores of this machine")
     queue = [(row, seed) for seed in range(1, 6) for row in args.rows if seed <= min(ROWS[row][0], args.seeds or 5)]
-    lines, done = finished(args.out)
+    curves_out = args.out.with_name(f"{args.out.stem}_curves.csv")
+    lines, curves = read_table(args.out), read_table(curves_out)
+    done = {(line["row"], int(line["seed"])) for line in lines}
     if args.list:
         for row, seed in queue:
             print(f"{'done' if (row, seed) in done else '':5}{row} seed {seed}: python {ROWS[row][1]} --seed {seed}")
@@ -160,12 +173,12 @@ if __name__ == "__main__":
             failed.append((row, seed))
             return tqdm.write(f"{row} seed {seed} ended with code {code}:\n{text[-1500:]}", file=sys.stderr)
         known = dict(row=row, seed=seed, status="loss not finite" if diverged else "", minutes=f"{minutes:.1f}", command=f"{ROWS[row][1]} --seed {seed}")
-        lines.extend(known | evaluation for evaluation in evaluations(ROOT / "runs" / "ablations" / f"{row}_seed{seed}"))
-        table = io.StringIO(newline="")
-        writer = csv.DictWriter(table, COLUMNS, restval="")
-        writer.writeheader()
-        writer.writerows(lines)
-        write_atomically(args.out, table.getvalue().encode())
+        folder = ROOT / "runs" / "ablations" / f"{row}_seed{seed}"
+        curves[:] = [line for line in curves if (line["row"], line["seed"]) != (row, str(seed))]
+        curves.extend(dict(point, row=row, seed=str(seed)) for point in curve(folder))
+        write_table(curves_out, ["row", "seed", *CURVE], curves)
+        lines.extend(known | evaluation for evaluation in evaluations(folder))
+        write_table(args.out, COLUMNS, lines)  # last: from here on the run is done
         tqdm.write(f"{row} seed {seed}: {lines[-1]['successes']} of {lines[-1]['episodes']} after {lines[-1]['env_steps']} steps, {minutes:.1f} min")
 
     def lane(cores):
