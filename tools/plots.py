@@ -27,13 +27,12 @@ matplotlib.rcParams["svg.hashsalt"] = "the same file every time"
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
-from scipy import stats
 from sklearn.covariance import ledoit_wolf
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from sklearn.metrics import silhouette_score
 
-from results import COLORS, TABLE_2, evaluations, on_common_states
+from results import COLORS, TABLE_2, evaluations, on_common_states, t_half
 from run_files import load_checkpoint, stop, write_atomically
 
 BLUE, RED, GREEN, GREY = "#332288", "#cc6677", "#117733", "0.4"  # Paul Tol's muted scheme, safe for colour-blind readers
@@ -93,8 +92,7 @@ def draw_seeds(axes, curves, color, label, most=None):
     values = np.array([np.interp(grid, *curve) for curve in curves])
     axes.plot(grid / 1e6, values.mean(0), color=color, lw=1.4, label=label)
     if len(values) > 1:
-        half = stats.t.ppf(0.975, len(values) - 1) * values.std(0, ddof=1) / np.sqrt(len(values))
-        low, high = (np.clip(values.mean(0) + sign * half, 0, most) for sign in (-1, 1))
+        low, high = (np.clip(values.mean(0) + sign * t_half(values), 0, most) for sign in (-1, 1))
         axes.fill_between(grid / 1e6, low, high, color=color, alpha=0.15, lw=0)
 
 
@@ -134,18 +132,16 @@ def draw_curves(out, name, folders, title, paper):
 
 def draw_ablations(out, path):
     """Table II's rows: success of the last 100 training episodes and the norm of the executed latents. A thin line a seed, a thick one their mean."""
+    runs = {}  # row: seed: points
     with open(path, newline="") as file:
-        points = list(csv.DictReader(file))
+        for point in csv.DictReader(file):
+            runs.setdefault(point["row"], {}).setdefault(point["seed"], []).append([float(point[name]) for name in ("env_steps", "success", "norm")])
     figure, panels = plt.subplots(1, 4, figsize=(12, 3.1))
     for k, (task, title) in enumerate((("aloha", "ALOHA"), ("butter", "butter/tray"))):
         for (row, (label, _)), color in zip(TABLE_2.items(), COLORS):
-            seeds = {}
-            for point in points:
-                if point["row"] == f"{task}_{row}":
-                    seeds.setdefault(point["seed"], []).append([float(point[name]) for name in ("env_steps", "success", "norm")])
-            if not seeds:
+            curves = [np.array(seed).T for seed in runs.get(f"{task}_{row}", {}).values()]
+            if not curves:
                 continue
-            curves = [np.array(seed).T for seed in seeds.values()]
             for steps, success, _ in curves:  # before three time limits of 32 environments most episodes that have ended are the short, successful ones
                 success[steps < 3 * 32 * 400] = np.nan
             grid = np.linspace(max(steps[0] for steps, *_ in curves), min(steps[-1] for steps, *_ in curves), 60)
@@ -159,8 +155,8 @@ def draw_ablations(out, path):
     for panel in panels:
         panel.yaxis.label.set_fontsize(8)
         panel.set(xlabel="environment steps (millions)", xlim=(0, None))
-    panels[0].legend(fontsize=6.5, frameon=False, loc="lower right", title="row, number of seeds", title_fontsize=6.5)
-    panels[2].legend(fontsize=6.5, frameon=False, loc="lower right", title="row, number of seeds", title_fontsize=6.5)
+    for panel in panels[::2]:
+        panel.legend(fontsize=6.5, frameon=False, loc="lower right", title="row, number of seeds", title_fontsize=6.5)
     save(figure, out, "table2")
 
 

@@ -192,23 +192,24 @@ def over_seeds(values):
 
 
 def over_seeds_and_episodes(counts):
-    """The same of a few seeds near 100 %, where rates that happen to agree make the t interval vanish: each end is the further one of
-    that and of Wilson's over all episodes. counts: (successes, episodes) a seed."""
+    """Mean success with each end the further one of the t interval over seeds and Wilson's over all episodes: near 100 % a few seeds happen to
+    agree, and t alone vanishes. One seed has Wilson's. counts: (successes, episodes) a seed."""
     successes, episodes = np.array(counts).T
     low, high = (100 * np.array(wilson(successes.sum(), episodes.sum()))).tolist()
     if len(counts) > 1:
         rates = 100 * successes / episodes
-        spread = stats.t.ppf(0.975, len(counts) - 1) * rates.std(ddof=1) / np.sqrt(len(counts))
-        low, high = max(0.0, min(low, rates.mean() - spread)), min(100.0, max(high, rates.mean() + spread))
+        low, high = max(0.0, min(low, rates.mean() - t_half(rates))), min(100.0, max(high, rates.mean() + t_half(rates)))
     return f"{100 * successes.sum() / episodes.sum():.1f} % [{low:.1f}, {high:.1f}]"
 
 
+def t_half(values):
+    """Half the width of the 95 % t interval of the mean of values: (n,) -> a number, (n, …) -> (…)."""
+    return stats.t.ppf(0.975, len(values) - 1) * np.std(values, axis=0, ddof=1) / np.sqrt(len(values))
+
+
 def mean_and_interval(values, digits, unit=""):
-    """Mean and 95 % t interval of some numbers, as text; of one number, that number."""
-    mean = digits.format(np.mean(values)) + unit
-    if len(values) < 2:
-        return mean
-    return f"{mean} ± " + digits.format(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
+    """Mean and 95 % t interval of two numbers or more, as text."""
+    return f"{digits.format(np.mean(values))}{unit} ± {digits.format(t_half(values))}"
 
 
 def write_ablations(path):

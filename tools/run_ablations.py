@@ -5,7 +5,8 @@
     python tools/run_ablations.py --rows aloha_complete aloha_sac
 
 A run that has ended is one block of lines in results/ablations/runs.csv, a line an evaluation, and is not run again; its curve goes into
-runs_curves.csv beside that. One that was interrupted (Ctrl-C, power) goes on from its last iteration at the next call; train_sac.py and train_cloning.py start anew. Run folders are in runs/ablations/.
+runs_curves.csv beside that. One that was interrupted (Ctrl-C, power) goes on from its last iteration at the next call; train_sac.py and
+train_cloning.py start anew. Run folders are in runs/ablations/.
 Two runs go side by side, each on its half of the cores: on two cores that is faster than one run after the other on both.
 """
 
