@@ -382,7 +382,7 @@ def autocorrelation(group):
 
 
 def draw_exploration(out, folder):
-    """Are the perturbations x^(K) - x^(0) of Eq. 7 correlated over the decisions of an episode, as Sec. III-C says? -> rows of a table."""
+    """Are the perturbations x^(K) - x^(0) of Eq. 7 correlated over the decisions of an episode, as Sec. III-B d says? -> rows of a table."""
     latents = read_latents(folder, "--exploration")
     if not latents.shift.any():
         stop(f"--exploration: {folder} has no perturbations; give a run with --explore-steps above 0")

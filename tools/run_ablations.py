@@ -1,7 +1,7 @@
 """The queue of the ablations: Table II repeated on ALOHA and on butter/tray, and what else the README compares.
 
     python tools/run_ablations.py --list          # every command, and which are done
-    python tools/run_ablations.py                 # run what is missing, seed 1 of every row first; about 10 hours on two cores
+    python tools/run_ablations.py                 # run what is missing, seed 1 of every row first; about 12 hours on two cores
     python tools/run_ablations.py --rows aloha_complete aloha_sac
 
 A run that has ended is one block of lines in results/ablations/runs.csv, a line an evaluation, and is not run again; its curve goes into
