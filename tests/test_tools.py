@@ -167,11 +167,14 @@ def test_tables_of_the_ablations(tmp_path):
     for seed, counts in ((1, (10, 20, 30, 40)), (2, (20, 30, 40, 50)), (3, (30, 40))):
         lines += [f"aloha_no_clip,{seed},base,0,20,50,"] + [f"aloha_no_clip,{seed},tuned,{k},{c},50,{'' if seed == 3 else 100_000 + 1000 * seed}" for k, c in enumerate(counts)]
     (tmp_path / "runs.csv").write_text("\n".join(lines) + "\n")
+    points = [f"aloha_no_clip,{seed},{steps},{0.9 + seed / 100 if steps > 600 else 0.2},5" for seed in (1, 2, 3) for steps in (200, 600, 700, 800)]
+    (tmp_path / "runs_curves.csv").write_text("\n".join(["row,seed,env_steps,success,norm", *points]) + "\n")
     write_ablations(tmp_path / "runs.csv")
     interval = stats.t.interval(0.95, 2, 260 / 3, stats.sem([80, 100, 80]))
     table = (tmp_path / "table2.md").read_text()
     assert "| 3 | 40.0 % [" in table and f"**86.7 % [{interval[0]:.1f}, 100.0]**" in table
     assert "| 101, 102, 2 of 3 seeds |" in table
+    assert f"| 92.0 ± {stats.t.ppf(0.975, 2) / 3**0.5:.1f} |" in table  # 91, 92 and 93 %, whose standard deviation is 1
     low, high = proportion_confint(300, 300, method="wilson")
     assert over_seeds_and_episodes([(100, 100)] * 3) == f"100.0 % [{100 * low:.1f}, {100 * high:.1f}]"  # t alone would give ± 0
     assert "without PPO clipping,\"ALOHA, 0.8 M steps\",3," in (tmp_path / "table2.csv").read_text()

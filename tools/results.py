@@ -213,15 +213,20 @@ def mean_and_interval(values, digits, unit=""):
 
 
 def write_ablations(path):
-    """table2.md and extras.md beside runs.csv: success at a quarter, half and all of the budget, the control steps until 90 of the last 100
-    training episodes succeeded, and the latents' mean norm in the last quarter; means over seeds, success with the wider of two intervals."""
-    runs, last = {}, {}
+    """table2.md and extras.md beside runs.csv: success at a quarter, half and all of the budget; of the training episodes the control steps until
+    90 of the last 100 succeeded, and the share that succeeded in the last quarter (runs_curves.csv); the latents' mean norm in that quarter.
+    Means over seeds, success in evaluations with the wider of two intervals."""
+    runs, last, curves = {}, {}, {}
     with open(path, newline="") as file:
         for line in csv.DictReader(file):
             evaluated = runs.setdefault(line["row"], {}).setdefault(line["seed"], [])
             if line["policy"] == "tuned":
                 evaluated.append((int(line["successes"]), int(line["episodes"])))
                 last.setdefault(line["row"], {})[line["seed"]] = line
+    if (beside := path.with_name("runs_curves.csv")).exists():
+        with open(beside, newline="") as file:
+            for line in csv.DictReader(file):
+                curves.setdefault((line["row"], line["seed"]), []).append((int(line["env_steps"]), 100 * float(line["success"])))
 
     def cells(row):
         """The seeds, and success at each of the four evaluations; a run that stopped early counts with its last one."""
@@ -230,19 +235,26 @@ def write_ablations(path):
         def at(k):
             return over_seeds_and_episodes([s[min(k, len(s) - 1)] for s in seeds])
 
-        return [str(len(seeds)), at(0), at(1), f"**{at(3)}**", over_those_that_have(row, "steps_to_90", 1e-3, "{:.0f}"),
-                over_those_that_have(row, "latent/norm", 1, "{:.1f}")] if seeds else None  # fmt: skip
+        if not seeds:
+            return None
+        to_90 = [float(line["steps_to_90"]) / 1000 if line.get("steps_to_90") else None for line in last[row].values()]
+        norms = [float(line["latent/norm"]) if line.get("latent/norm") else None for line in last[row].values()]
+        late = [last_quarter(curves[row, seed]) if (row, seed) in curves else None for seed in last[row]]
+        return [str(len(seeds)), at(0), at(1), f"**{at(3)}**", numbers(to_90, "{:.0f}"), numbers(late, "{:.1f}"), numbers(norms, "{:.1f}")]
 
-    def over_those_that_have(row, column, factor, digits):
-        """Mean and interval of a column of the last evaluations, over the seeds where it is not empty; of one or two, the numbers themselves."""
-        found = [float(line[column]) * factor for line in last[row].values() if line.get(column)]
-        missing = len(last[row]) - len(found)
+    def last_quarter(points):
+        """Mean success (%) of the training episodes in the last quarter of a run's steps. points: [(steps, success)]"""
+        return np.mean([success for steps, success in points if steps > 0.75 * points[-1][0]])
+
+    def numbers(values, digits):
+        """Mean and interval over the seeds that have a value (not None); of one or two, the values themselves."""
+        found = [value for value in values if value is not None]
         if not found:
             return "–"
-        numbers = mean_and_interval(found, digits) if len(found) > 2 else ", ".join(map(digits.format, found))
-        return numbers + (f", {len(found)} of {len(last[row])} seeds" if missing else "")
+        text = mean_and_interval(found, digits) if len(found) > 2 else ", ".join(map(digits.format, found))
+        return text + (f", {len(found)} of {len(values)} seeds" if len(found) < len(values) else "")
 
-    head = ["seeds", "a quarter", "half", "all", "thousand steps to 90 %", "latents' norm"]
+    head = ["seeds", "a quarter", "half", "all", "thousand steps to 90 %", "training, last quarter, %", "latents' norm"]
     lines = ["| row | task | " + " | ".join(head) + " | paper, butter/tray |", "|" + "---|" * (len(head) + 3)]
     for row, (label, paper) in TABLE_2.items():
         for task, name in (("aloha", "ALOHA, 0.8 M steps"), ("butter", "butter/tray, 0.25 M")):
