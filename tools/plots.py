@@ -32,7 +32,7 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from sklearn.metrics import silhouette_score
 
-from results import COLORS, TABLE_2, evaluations, on_common_states, t_half
+from results import COLORS, TABLE_2, evaluations, on_common_states, t_half, training_curves
 from run_files import load_checkpoint, stop, write_atomically
 
 BLUE, RED, GREEN, GREY = "#332288", "#cc6677", "#117733", "0.4"  # Paul Tol's muted scheme, safe for colour-blind readers
@@ -132,14 +132,11 @@ def draw_curves(out, name, folders, title, paper):
 
 def draw_ablations(out, path):
     """Table II's rows: success of the last 100 training episodes and the norm of the executed latents. A thin line a seed, a thick one their mean."""
-    runs = {}  # row: seed: points
-    with open(path, newline="") as file:
-        for point in csv.DictReader(file):
-            runs.setdefault(point["row"], {}).setdefault(point["seed"], []).append([float(point[name]) for name in ("env_steps", "success", "norm")])
+    runs = training_curves(path)
     figure, panels = plt.subplots(1, 4, figsize=(12, 3.1))
     for k, (task, title) in enumerate((("aloha", "ALOHA"), ("butter", "butter/tray"))):
         for (row, (label, _)), color in zip(TABLE_2.items(), COLORS):
-            curves = [np.array(seed).T for seed in runs.get(f"{task}_{row}", {}).values()]
+            curves = list(runs.get(f"{task}_{row}", {}).values())
             if not curves:
                 continue
             for steps, success, _ in curves:  # before three time limits of 32 environments most episodes that have ended are the short, successful ones

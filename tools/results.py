@@ -212,21 +212,27 @@ def mean_and_interval(values, digits, unit=""):
     return f"{digits.format(np.mean(values))}{unit} ± {digits.format(t_half(values))}"
 
 
+def training_curves(path):
+    """runs_curves.csv by row and seed: {row: {seed: (3, n) array of control steps, success of the last 100 training episodes, latents' norm}}."""
+    points = {}
+    with open(path, newline="") as file:
+        for line in csv.DictReader(file):
+            points.setdefault(line["row"], {}).setdefault(line["seed"], []).append([float(line[name]) for name in ("env_steps", "success", "norm")])
+    return {row: {seed: np.array(values).T for seed, values in seeds.items()} for row, seeds in points.items()}
+
+
 def write_ablations(path):
     """table2.md and extras.md beside runs.csv: success at a quarter, half and all of the budget; of the training episodes the control steps until
     90 of the last 100 succeeded, and the share that succeeded in the last quarter (runs_curves.csv); the latents' mean norm in that quarter.
     Means over seeds, success in evaluations with the wider of two intervals."""
-    runs, last, curves = {}, {}, {}
+    runs, last = {}, {}
     with open(path, newline="") as file:
         for line in csv.DictReader(file):
             evaluated = runs.setdefault(line["row"], {}).setdefault(line["seed"], [])
             if line["policy"] == "tuned":
                 evaluated.append((int(line["successes"]), int(line["episodes"])))
                 last.setdefault(line["row"], {})[line["seed"]] = line
-    if (beside := path.with_name("runs_curves.csv")).exists():
-        with open(beside, newline="") as file:
-            for line in csv.DictReader(file):
-                curves.setdefault((line["row"], line["seed"]), []).append((int(line["env_steps"]), 100 * float(line["success"])))
+    curves = training_curves(path.with_name("runs_curves.csv"))
 
     def cells(row):
         """The seeds, and success at each of the four evaluations; a run that stopped early counts with its last one."""
@@ -239,12 +245,8 @@ def write_ablations(path):
             return None
         to_90 = [float(line["steps_to_90"]) / 1000 if line.get("steps_to_90") else None for line in last[row].values()]
         norms = [float(line["latent/norm"]) if line.get("latent/norm") else None for line in last[row].values()]
-        late = [last_quarter(curves[row, seed]) if (row, seed) in curves else None for seed in last[row]]
+        late = [100 * success[steps > 0.75 * steps[-1]].mean() for steps, success, _ in (curves[row][seed] for seed in last[row])]
         return [str(len(seeds)), at(0), at(1), f"**{at(3)}**", numbers(to_90, "{:.0f}"), numbers(late, "{:.1f}"), numbers(norms, "{:.1f}")]
-
-    def last_quarter(points):
-        """Mean success (%) of the training episodes in the last quarter of a run's steps. points: [(steps, success)]"""
-        return np.mean([success for steps, success in points if steps > 0.75 * points[-1][0]])
 
     def numbers(values, digits):
         """Mean and interval over the seeds that have a value (not None); of one or two, the values themselves."""
