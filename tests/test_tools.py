@@ -180,6 +180,17 @@ def test_tables_of_the_ablations(tmp_path):
     assert "without PPO clipping,\"ALOHA, 0.8 M steps\",3," in (tmp_path / "table2.csv").read_text()
 
 
+def test_differences_against_another_library():
+    """Welch's interval as statsmodels has it; none for two seeds, or where no seed differs from another."""
+    from results import difference
+    from statsmodels.stats.weightstats import CompareMeans
+
+    a, b = [94.0, 95.5, 94.5, 93.0], [99.0, 98.5, 99.5]
+    low, high = CompareMeans.from_data(a, b).tconfint_diff(usevar="unequal")
+    assert difference(a, b) == f"{np.mean(a) - np.mean(b):+.1f} [{low:+.1f}, {high:+.1f}]"
+    assert difference(a, b[:2]) == "-4.5" and difference([79.0] * 3, [79.2] * 3, "{:+z.0f}") == "+0" and difference([], b) == "–"
+
+
 def test_the_queue_lists_its_commands():
     result = tool("run_ablations", ROOT, "--list", "--rows", "aloha_no_clip", "--seeds", 2)
     assert result.returncode == 0 and len(result.stdout.splitlines()) == 2

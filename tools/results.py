@@ -212,6 +212,15 @@ def mean_and_interval(values, digits, unit=""):
     return f"{digits.format(np.mean(values))}{unit} ± {digits.format(t_half(values))}"
 
 
+def difference(a, b, digits="{:+z.1f}"):
+    """Mean of a minus mean of b with its 95 % Welch interval, as text; none with fewer than three values on a side, or none that vary."""
+    text = digits.format(np.mean(a) - np.mean(b)) if a and b else "–"
+    if min(len(a), len(b)) < 3 or np.ptp(a) == np.ptp(b) == 0:
+        return text
+    interval = stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
+    return text + f" [{digits.format(interval.low)}, {digits.format(interval.high)}]"
+
+
 def training_curves(path):
     """runs_curves.csv by row and seed: {row: {seed: (3, n) array of control steps, success of the last 100 training episodes, latents' norm}}."""
     points = {}
@@ -221,10 +230,16 @@ def training_curves(path):
     return {row: {seed: np.array(values).T for seed, values in seeds.items()} for row, seeds in points.items()}
 
 
+def last_quarter(curve):
+    """Success of the training episodes in the last quarter of a run, %: the mean over iterations of the last 100 episodes. curve: (3, n)."""
+    steps, success, _ = curve
+    return 100 * success[steps > 0.75 * steps[-1]].mean()
+
+
 def write_ablations(path):
     """table2.md and extras.md beside runs.csv: success at a quarter, half and all of the budget; of the training episodes the control steps until
     90 of the last 100 succeeded, and the share that succeeded in the last quarter (runs_curves.csv); the latents' mean norm in that quarter.
-    Means over seeds, success in evaluations with the wider of two intervals."""
+    Means over seeds, success in evaluations with the wider of two intervals. differences.md: Table II's rows minus the complete algorithm."""
     runs, last = {}, {}
     with open(path, newline="") as file:
         for line in csv.DictReader(file):
@@ -245,7 +260,7 @@ def write_ablations(path):
             return None
         to_90 = [float(line["steps_to_90"]) / 1000 if line.get("steps_to_90") else None for line in last[row].values()]
         norms = [float(line["latent/norm"]) if line.get("latent/norm") else None for line in last[row].values()]
-        late = [100 * success[steps > 0.75 * steps[-1]].mean() for steps, success, _ in (curves[row][seed] for seed in last[row])]
+        late = [last_quarter(curves[row][seed]) for seed in last[row]]
         return [str(len(seeds)), at(0), at(1), f"**{at(3)}**", numbers(to_90, "{:.0f}"), numbers(late, "{:.1f}"), numbers(norms, "{:.1f}")]
 
     def numbers(values, digits):
@@ -266,7 +281,20 @@ def write_ablations(path):
     lines = ["| ALOHA, 0.4 M steps | " + " | ".join(head) + " |", "|" + "---|" * (len(head) + 1)]
     lines += [f"| {label} | {' | '.join(found)} |" for row, label in EXTRAS.items() if (found := cells(f"short_{row}"))]
     publish(path.with_name("extras.md"), lines)
-    for name in ("table2", "extras"):
+    head = ["all, points", "thousand steps to 90 %", "training, last quarter, points"]
+    lines = ["| minus FPO (complete) | task | seeds | " + " | ".join(head) + " |", "|" + "---|" * (len(head) + 3)]
+    for row, (label, _) in list(TABLE_2.items())[1:]:
+        for task, name in (("aloha", "ALOHA"), ("butter", "butter/tray")):
+            pair = [f"{task}_{row}", f"{task}_complete"]
+            if not set(pair) <= set(last):
+                continue
+            evaluated = [[100 * int(line["successes"]) / int(line["episodes"]) for line in last[r].values()] for r in pair]
+            to_90 = [[float(line["steps_to_90"]) / 1000 for line in last[r].values() if line.get("steps_to_90")] for r in pair]
+            late = [[last_quarter(curves[r][seed]) for seed in last[r]] for r in pair]
+            counts = " and ".join(str(len(last[r])) for r in pair)
+            lines.append(f"| {label} | {name} | {counts} | {difference(*evaluated)} | {difference(*to_90, '{:+z.0f}')} | {difference(*late)} |")
+    publish(path.with_name("differences.md"), lines)
+    for name in ("table2", "extras", "differences"):
         text = path.with_name(f"{name}.md").read_text().splitlines()
         plain = [[c.strip().strip("*") for c in line.strip("|").split("|")] for i, line in enumerate(text) if i != 1]
         path.with_name(f"{name}.csv").write_text("\n".join(",".join(f'"{c}"' if "," in c else c for c in row) for row in plain) + "\n")
