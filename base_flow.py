@@ -67,7 +67,7 @@ class FlowBase(nn.Module):
 
     @torch.no_grad()
     def encode(self, observation):
-        """Normalised state, and the context that `decode` needs: here the state itself. observation: (B, S) raw."""
+        """Normalised state, and the context that `decode` needs: here the state itself. observation: (B, S) raw -> s, context, both (B, S)."""
         observation = torch.as_tensor(observation, dtype=torch.float32, device=self.state_mean.device)
         s = ((observation - self.state_mean) / self.state_std).clamp(-STATE_CLIP, STATE_CLIP)
         return s, s

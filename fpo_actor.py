@@ -98,7 +98,7 @@ class FlowActor(nn.Module):
         inflates it, by (1 + η) for the step at τ = 1.
         """
         for k in range(explore_steps):
-            tau = (k + 0.5) / explore_steps if grid == "midpoint" else (k + 1) / explore_steps
+            tau = {"midpoint": k + 0.5, "end": k + 1}[grid] / explore_steps
             x = x + explore_eta * self.velocity(x, torch.full((len(x),), tau, device=x.device), s)
         return x
 
@@ -112,7 +112,7 @@ class FlowActor(nn.Module):
         x = x[:, None].expand(B, N, D)
         x_u = (1 - u[..., None]) * eps + u[..., None] * x  # (B, N, D)
         s = s[:, None].expand(B, N, -1)
-        net = self.net(x_u.reshape(B * N, D), u.reshape(B * N), s.reshape(B * N, -1)).view(B, N, D)
+        net = self.net(x_u.flatten(0, 1), u.flatten(), s.flatten(0, 1)).view(B, N, D)
         v = gaussian_velocity(u)[..., None] * x_u + net
         loss = (v - (x - eps)).square().mean((1, 2))
         return (loss, net.square().mean((1, 2))) if with_departure else loss

@@ -11,7 +11,8 @@ the conservative value baseline V(s) and generalized advantage estimation (GAE).
     polyak_update(target, critic, tau=0.05)
 
 One transition is one decision: a latent chunk that ran h' environment steps. Its reward is Σ_{j<h'} γ^j r_{t+j}, its
-bootstrap factor `discount` = γ^h' (D8). A success terminates; a time limit only truncates (D9).
+bootstrap factor `discount` = γ^h' (D8). A success terminates, and so does
+physics that diverged, with reward 0; a time limit only truncates (D9).
 D1 … D14: README, "What the paper leaves open".
 """
 
@@ -97,9 +98,9 @@ def fresh_value(critic, s, x_fresh):
 
     D5: with the stored latent V(s) would equal Q(s, x), and at Q = Q^π no advantage would be left.
     """
-    B, J, D = x_fresh.shape
-    s = s[:, None].expand(B, J, -1).reshape(B * J, -1)
-    return critic(s, x_fresh.reshape(B * J, D)).min(0).values.view(B, J).mean(1)
+    B, J, _ = x_fresh.shape
+    s = s[:, None].expand(B, J, -1)
+    return critic(s.flatten(0, 1), x_fresh.flatten(0, 1)).min(0).values.view(B, J).mean(1)
 
 
 @torch.no_grad()

@@ -24,10 +24,13 @@ def ratio_from_cfm(delta, beta, sigma_floor, ratio="standardized", age=None):
     D2: on the first minibatch Δ = 0 and z is 0/0, so σ_eff = max(σ, sigma_floor). sigma_floor = 2β/D makes the slope
         under the floor that of ρ = exp(½ Δ of the loss summed over the D dimensions).
     D10: `age` (B,), an integer for each sample's iteration: μ and σ are taken within samples of one age, or the age
-        of a sample would decide its z.
+        of a sample would decide its z. With several ages keep the floor of D2: a sample that is alone with its age has
+        σ = 0, so that under a tiny floor its gradient outweighs that of all others.
     ratio="raw": ρ = exp(Δ), unstandardised (McAllister et al., arXiv 2507.21053, with Δ a mean over dimensions). Its slope is 1, so
         that σ_eff is given as β.
     """
+    if ratio not in ("standardized", "raw"):
+        raise ValueError(f"ratio is {ratio!r}; it must be 'standardized' or 'raw'")
     if ratio == "raw":
         return torch.exp(delta), torch.full_like(delta, beta)
     d = delta.detach()

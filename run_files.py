@@ -69,8 +69,8 @@ def check_args(args):
     for name in ("actor_lr", "critic_lr", "beta", "worker_timeout"):
         require(getattr(args, name) > 0, name, "it must be positive")
     require(0 < args.clip_eps < 1, "clip_eps", "ε must lie strictly between 0 and 1; to train without the clip use --no-clip")
-    for name in ("gamma", "gae_lambda"):
-        require(0 <= getattr(args, name) <= 1, name, "it must lie in [0, 1]")
+    require(0 < args.gamma <= 1, "gamma", "it must lie in (0, 1]")
+    require(0 <= args.gae_lambda <= 1, "gae_lambda", "it must lie in [0, 1]")
     require(0 < args.tau <= 1, "tau", "the Polyak step must lie in (0, 1]")
     require(args.sigma_floor is None or args.sigma_floor > 0, "sigma_floor", "it must be positive (D2)")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -148,12 +148,14 @@ def load_checkpoint(path, flag, task):
 
 
 def new_run_folder(name, again=False):
-    """Create runs/<name>; stop if it is there already, unless a start that came to nothing made it (`again`)."""
+    """Create runs/<name>; stop if it cannot be made or is there already, unless a start that came to nothing made it (`again`)."""
     folder = Path("runs") / name
     try:
         folder.mkdir(parents=True, exist_ok=again)
     except FileExistsError:
         stop(f"--run-name is {name}, but runs/{name} exists already; choose another name, or continue it with --resume runs/{name}")
+    except OSError as error:
+        stop(f"--run-name is {name}, but runs/{name} cannot be made ({error.strerror}); choose another name, or start where you may write")
     return folder
 
 

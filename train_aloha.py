@@ -172,8 +172,8 @@ if __name__ == "__main__":
             stop(f"--checkpoint is {args.checkpoint}, which names a base (it does not end in .pt), and so does --weights {args.weights}; leave one out")
         args.weights, args.checkpoint = args.checkpoint, None
     check_args(args)
-    if args.video and not env_aloha.rendering_available():
-        stop("--video needs OpenGL, and EGL was not found; install it (Debian: apt-get install libegl1 libgl1) or leave the flag out")
+    if (args.video or args.base == "pi0") and not env_aloha.rendering_available():
+        stop("--video and --base pi0 need OpenGL, and EGL was not found; install it (Debian: apt-get install libegl1 libgl1) or leave the flag out")
     device = ranks.connect(torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"))
     args.device = device.type  # for args.json: a resumed run stays there, for the other device cannot go on with its random numbers
     torch.set_num_threads(1)  # more for the update only: waiting threads of torch spin, and would take the workers' cores
@@ -429,7 +429,7 @@ if __name__ == "__main__":
             if args.anneal_lr:  # late steps would only move the latents about: the drift of D4
                 actor_optimizer.param_groups[0]["lr"] = args.actor_lr * max(0.0, 1 - steps_before / args.total_env_steps)
             infos, actor_steps, stopped = [], 0, iteration <= args.critic_warmup  # D11: the critics alone at first
-            for epoch in range(args.actor_epochs):  # drawn in the warm-up too: later draws are the same with and without it
+            for epoch in range(args.actor_epochs):  # this order is drawn in the warm-up too: later draws do not depend on it
                 for i in torch.randperm(n, generator=generator, device=device).split(args.minibatch_size):
                     if stopped or len(i) < 2:
                         break
@@ -470,7 +470,8 @@ if __name__ == "__main__":
             with torch.no_grad():
                 q = critic(s, x)
             executed = ranks.whole(batch["x"].movedim(1, -1), own, E).movedim(1, -1)  # (T, E, D)
-            own_means = torch.stack([q.mean(), q.std(0).mean(), (batch["x"] - batch["x0"]).norm(dim=-1).mean()])  # of this rank
+            q_spread = q.std(0, correction=min(1, args.num_critics - 1)).mean()  # 0 for a single critic
+            own_means = torch.stack([q.mean(), q_spread, (batch["x"] - batch["x0"]).norm(dim=-1).mean()])  # of this rank
             q_mean, q_spread, explore_shift = np.mean(ranks.gathered(own_means.tolist()), 0)
             mean = lambda values: float(np.mean(values)) if len(values) else ""
             row = {"iteration": iteration, "charts/env_steps": env_steps, "charts/success": mean(recent),

@@ -201,6 +201,9 @@ if __name__ == "__main__":
             base = Pi0Base.load(weights, "libero", env_libero.CAMERAS, device, compile=args.compile, latent=args.latent, latent_modes=args.latent_modes,
                                 chunk_steps=args.chunk_steps)  # fmt: skip
         else:
+            if not args.weights and args.suite == "libero_90" and task_ids != [56]:
+                stop(f"--task-ids is {args.task_ids}, and of libero_90 a base ships for task 56 alone; give --task-ids 56, another --suite, "
+                     "a base of your own with --weights, or --base pi0")  # fmt: skip
             weights = args.weights or Path(__file__).parent / "weights" / f"{task}.safetensors"
             base = FlowBase.load(weights, device=device, task=task)
     except ValueError as error:
@@ -249,7 +252,8 @@ if __name__ == "__main__":
         env_steps = saved["env_steps"]
 
     # ---- run folder ----
-    run_name = args.run_name or f"{task}__seed{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    short = task if len(task) < 80 else f"{args.suite}_{len(task_ids)}_tasks"  # a file's name has at most 255 bytes
+    run_name = args.run_name or f"{short}__seed{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(args.resume) if args.resume else new_run_folder(run_name, again=ranks.RESTARTS > 0) if RANK == 0 else None
     folder = ranks.gathered(folder)[0]
     METRICS = (
@@ -450,7 +454,7 @@ if __name__ == "__main__":
             if args.anneal_lr:  # late steps would only move the latents about: the drift of D4
                 actor_optimizer.param_groups[0]["lr"] = args.actor_lr * max(0.0, 1 - steps_before / args.total_env_steps)
             infos, actor_steps, stopped = [], 0, iteration <= args.critic_warmup  # D11: the critics alone at first
-            for epoch in range(args.actor_epochs):  # drawn in the warm-up too: later draws are the same with and without it
+            for epoch in range(args.actor_epochs):  # this order is drawn in the warm-up too: later draws do not depend on it
                 for i in torch.randperm(n, generator=generator, device=device).split(args.minibatch_size):
                     if stopped or len(i) < 2:
                         break
@@ -491,7 +495,8 @@ if __name__ == "__main__":
             with torch.no_grad():
                 q = critic(s, x)
             executed = ranks.whole(batch["x"].movedim(1, -1), own, E).movedim(1, -1)  # (T, E, D)
-            own_means = torch.stack([q.mean(), q.std(0).mean(), (batch["x"] - batch["x0"]).norm(dim=-1).mean()])  # of this rank
+            q_spread = q.std(0, correction=min(1, args.num_critics - 1)).mean()  # 0 for a single critic
+            own_means = torch.stack([q.mean(), q_spread, (batch["x"] - batch["x0"]).norm(dim=-1).mean()])  # of this rank
             q_mean, q_spread, explore_shift = np.mean(ranks.gathered(own_means.tolist()), 0)
             mean = lambda values: float(np.mean(values)) if len(values) else ""
             row = {"iteration": iteration, "charts/env_steps": env_steps, "charts/success": mean(recent),

@@ -53,7 +53,7 @@ class WorkerPool:
 
     def map(self, function, *columns, may_lose=False):
         """[function(simulator, *job) for job in zip(*columns)], spread over the workers. ChildProcessError if a job is lost;
-        with may_lose it gives None, so that it costs one episode and not the run, and the error comes if all are lost."""
+        with may_lose it gives None, so that it costs one episode and not the run, and the error comes if several are lost and no other is left."""
         jobs = list(zip(*columns))
         # a message costs, so the first pieces are large; the last ones are small, so that all workers are busy to the end
         cuts = [0]
@@ -72,7 +72,7 @@ class WorkerPool:
                 self._restart()
                 results.append(None)
         lost = sum(r is None for r in results)
-        if lost and (not may_lose or lost == len(results)):
+        if lost and (not may_lose or lost == len(results) > 1):
             raise ChildProcessError(
                 f"{lost} of {len(results)} jobs killed their simulator process twice, or kept it silent for {self.timeout:g} s each time "
                 "(--worker-timeout); run env_aloha.py or env_libero.py alone to see whether the simulator works here"

@@ -93,6 +93,15 @@ def test_departure_is_the_distance_to_the_field_of_the_prior():
     torch.testing.assert_close(departure, expected, rtol=1e-3, atol=1e-5)
 
 
+def test_an_empty_batch_has_no_loss_and_no_gradient():
+    """What a rank of several computes that has no sample in a minibatch: its gradients are zeros, to be added to those of the others."""
+    actor, (u, eps) = trained_actor(3, 4), draw_flow_noise(0, 8, 4)
+    loss, departure = actor.cfm_loss(torch.zeros(0, 4), torch.zeros(0, 3), u, eps, with_departure=True)
+    assert loss.shape == departure.shape == (0,)
+    (loss.sum() + departure.sum()).backward()
+    assert all(p.grad is not None and not p.grad.any() for p in actor.parameters())
+
+
 def test_draws_are_stratified():
     u, eps = draw_flow_noise(50, 16, 3)
     assert torch.equal((u * 16).floor(), torch.arange(16.0).expand(50, 16)) and eps.shape == (50, 16, 3)

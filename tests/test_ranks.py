@@ -91,6 +91,15 @@ def test_resume_with_another_number_of_ranks(folder):
     assert_close(folder / "one", folder / "parts")
 
 
+def test_a_rank_without_samples_in_a_minibatch(tmp_path):
+    """16 samples in pairs: about half of the pairs are of one rank alone. The other computes with nothing, and the result is that of one process."""
+    flags = "--rollout-decisions 2 --minibatch-size 2 --critic-warmup 0 --total-env-steps 1 --eval-episodes 1 --critic-epochs 1 --actor-epochs 1".split()
+    finish(start(tmp_path, *ALONE, *FLAGS, *flags, "--run-name", "one"))
+    finish(start(tmp_path, *TWO, *FLAGS, *flags, "--run-name", "two"))
+    assert_close(tmp_path / "runs" / "one", tmp_path / "runs" / "two")
+    assert int(rows(tmp_path / "runs" / "two" / "metrics.csv")[0]["losses/actor_steps"]) == 8
+
+
 def test_environments_that_cannot_be_shared(tmp_path):
     once = [flag for flag in TWO if flag not in ("--max-restarts", "1")]
     _, err = finish(start(tmp_path, *once, "--num-envs", 7), code=1)  # torchrun's own code

@@ -171,7 +171,7 @@ def test_eval_only_prints_the_same_success_as_the_run(finished):
     (["--beta", "0"], ["--beta is 0", "positive"]),
     (["--minibatch-size", "1"], ["--minibatch-size is 1", "at least 2"]),
     (["--clip-eps", "1.5"], ["--clip-eps is 1.5", "--no-clip"]),
-    (["--gamma", "1.01"], ["--gamma is 1.01", "[0, 1]"]),
+    (["--gamma", "1.01"], ["--gamma is 1.01", "(0, 1]"]),
     (["--gae-lambda", "-0.1"], ["--gae-lambda is -0.1"]),
     (["--actor-lr", "nan"], ["--actor-lr is nan", "finite"]),
     (["--sigma-floor", "0"], ["--sigma-floor is 0"]),
@@ -187,6 +187,7 @@ def test_eval_only_prints_the_same_success_as_the_run(finished):
     (["--resume", "runs/nothing"], ["--resume is runs/nothing", "no run"]),
     (["--resume", "runs/whole", "--beta", "0.3"], ["--beta", "leave that flag out"]),
     (["--run-name", "whole"], ["--run-name is whole", "exists already"]),
+    (["--run-name", 300 * "long"], ["--run-name is long", "name too long"]),
     (["--eval-only", "--checkpoint", "damaged.pt"], ["--checkpoint", "damaged"]),
     (["--eval-only", "--checkpoint", "nowhere.pt"], ["--checkpoint is nowhere.pt", "cannot be read"]),
     (["--eval-only", "--checkpoint", "other.pt"], ["task libero"]),
@@ -214,10 +215,11 @@ def test_bad_input_gets_one_sentence_and_touches_nothing(finished, flags, words)
     assert {path: path.stat().st_mtime_ns for path in cwd.rglob("*")} == before
 
 
-def test_video_without_egl(tmp_path):
+@pytest.mark.parametrize("flag", ["--video", "--base pi0"])
+def test_pictures_without_egl(tmp_path, flag):
     environment = dict(os.environ, MUJOCO_GL="disable")
-    result = subprocess.run(command("--video"), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
-    assert result.returncode == 2 and "--video" in result.stderr and "libegl1" in result.stderr
+    result = subprocess.run(command(*flag.split()), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2 and flag in result.stderr and "libegl1" in result.stderr
     assert not list(tmp_path.iterdir())
 
 

@@ -95,7 +95,7 @@ def test_two_iterations_of_a_suite_and_its_table(tmp_path):
     (["--suite", "libero_goal", "--task-ids", "10"], ["--task-ids has 10", "0 to 9"]),
     (["--task-ids", "fifty-six"], ["--task-ids is fifty-six"]),
     (["--suite", "libero_goal", "--weights", str(ROOT / "weights" / "libero_90_task56.safetensors")], ["--weights", "libero_90_task56", "libero_goal"]),
-    (["--task-ids", "3"], ["--weights", "libero_90_task3"]),
+    (["--task-ids", "3"], ["--task-ids is 3", "task 56", "--base pi0"]),
     (["--eval-episodes", "51"], ["--eval-episodes is 51", "50"]),
     (["--num-envs", "0"], ["--num-envs is 0", "at least 1"]),
     (["--suite", "libero_goal", "--num-envs", "5"], ["--num-envs is 5", "6 tasks"]),

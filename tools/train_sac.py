@@ -112,10 +112,10 @@ if __name__ == "__main__":
     for name, for_aloha, for_libero in (("total_env_steps", 800_000, 250_000), ("eval_every", 200_000, 50_000), ("eval_episodes", 200, 50)):
         if getattr(args, name) is None:
             setattr(args, name, for_aloha if aloha else for_libero)
-    for name in ("total_env_steps", "num_envs", "num_workers", "updates", "minibatch_size", "actor_lr", "critic_lr", "temperature", "bound", "num_critics",
+    for name in ("total_env_steps", "num_envs", "num_workers", "updates", "minibatch_size", "actor_lr", "critic_lr", "temperature", "bound", "gamma", "num_critics",
                  "eval_every", "eval_episodes"):  # fmt: skip
-        if not getattr(args, name) > 0:
-            stop(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be positive")
+        if not 0 < getattr(args, name) < math.inf:
+            stop(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be positive and finite")
     for name, low, high in (("tau", 0, 1), ("gamma", 0, 1), ("seed", 0, 2**32), ("warmup_decisions", 0, 10**9), ("target_entropy", -10, 1.41)):
         if not low <= getattr(args, name) <= high:
             stop(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must lie between {low} and {high}")
