@@ -16,6 +16,7 @@ dimension (D12). Flow matching: Lipman et al., arXiv 2210.02747. This file stand
 import hashlib
 import json
 import os
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -106,7 +107,9 @@ class FlowBase(nn.Module):
     @classmethod
     def load(cls, path, device="cpu", task=None):
         """The frozen base in `path`. ValueError, in one sentence, if the file is not a sound base (for `task`)."""
-        fix = f"restore it with `git checkout {path}` or make it anew with `python tools/clone_base.py --task {task or '<task>'} --out {path} --overwrite`"
+        shipped = Path(path).resolve().parent == Path(__file__).resolve().parent / "weights"
+        fix = f"restore it with `git checkout {path}`" if shipped else "give the path of a sound one"
+        fix += f", or make it with `python tools/clone_base.py --task {task or '<task>'} --out {path} --overwrite`"
         if not os.path.isfile(path):
             raise ValueError(f"there is no base policy at {path}: {fix}.")
         try:

@@ -109,19 +109,23 @@ class Simulator:
         model.opt.disableflags = flags
         return get_state(self.model, self.data), observe(data.qpos)
 
+    @staticmethod
+    def controls(actions):
+        """MuJoCo's commands of actions: each arm's six joints, then its two fingers. (T, 14) -> (T, 16)."""
+        actions = np.asarray(actions, dtype=np.float64)
+        grippers = PUPPET_GRIPPER_POSITION_CLOSE + GRIPPER_RANGE * actions[:, [6, 13]]
+        return np.concatenate(
+            [actions[:, :6], grippers[:, :1], -grippers[:, :1], actions[:, 7:13], grippers[:, 1:], -grippers[:, 1:]], 1
+        )
+
     def run(self, state, actions, stop_at_success=False, record=False):
         """Execute `actions` (T, 14) from `state`; stop early at reward 4 if asked, or where the physics diverges."""
         model, data = self.model, self.data
         set_state(model, data, state)
         mujoco.mj_step1(model, data)
-        actions = np.asarray(actions, dtype=np.float64)
-        grippers = PUPPET_GRIPPER_POSITION_CLOSE + GRIPPER_RANGE * actions[:, [6, 13]]
-        ctrl = np.concatenate(
-            [actions[:, :6], grippers[:, :1], -grippers[:, :1], actions[:, 7:13], grippers[:, 1:], -grippers[:, 1:]], 1
-        )
         rewards, held, qpos = [], [], [data.qpos.copy()]
         diverged = not np.isfinite(actions).all()
-        for u in ctrl if not diverged else ():
+        for u in self.controls(actions) if not diverged else ():
             data.ctrl[:] = u
             # dm_control's order: the second half of a step, whole steps, and the first half of the next one, so
             # that contacts belong to the new positions.

@@ -259,7 +259,11 @@ class Simulator:
             if np.abs(action[3:6]).max() > 2e-9:  # robosuite keeps the old goal where math.isclose(δ, 0)
                 turn = self.transforms.quat2mat(self.transforms.axisangle2quat(0.5 * action[3:6]))  # float32 inside
                 self.goal_rotation[:] = turn @ data.site_xmat[self.site].reshape(3, 3)
-            self._drive(goal_position, action[6], self.sensed)
+            try:
+                self._drive(goal_position, action[6], self.sensed)
+            except np.linalg.LinAlgError:  # MuJoCo has put a diverged arm to its zero pose, where it is singular
+                diverged = True
+                break
             if has_diverged(data):
                 diverged = True
                 break

@@ -131,12 +131,18 @@ def test_same_trajectories_whatever_the_number_of_workers(workers):
         np.testing.assert_array_equal(trajectory(one), trajectory(workers))
 
 
-def test_training_evaluation_and_demonstration_states_are_disjoint(workers):
-    evaluation = evaluation_poses(500)
-    training = np.concatenate([sample_box_poses(np.random.default_rng([1, seed, i]), 50) for seed in range(6) for i in range(32)])
-    demonstrations = np.concatenate([sample_box_poses(np.random.default_rng([2, seed]), 800) for seed in range(3)])
-    everything = np.concatenate([evaluation, training, demonstrations])[:, :2]
-    assert len(np.unique(everything, axis=0)) == len(everything)
+def test_training_and_evaluation_states_are_disjoint(workers):
+    """Where training episodes really start, the first ones and those after a time limit, and where evaluation episodes do."""
+    starts = [evaluation_poses(200)[:, :2]]
+    for seed in range(3):
+        envs = TrainingEnvs(workers, 32, seed)
+        for _ in range(3):
+            starts.append(envs.observations[:, 14:16].copy())  # x and y of the cube
+            envs.steps[:] = HORIZON - 1
+            assert envs.step(np.tile(START_ACTION, (32, 1, 1)))["truncated"].all()
+    starts = np.concatenate(starts)
+    apart = np.abs(starts[:, None] - starts[None]).max(2)
+    assert apart[~np.eye(len(starts), dtype=bool)].min() > 1e-9  # metres
 
 
 def test_episode_ends(workers):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from base_flow import FlowBase
+from env_aloha import evaluation_poses
 from fpo_actor import FlowActor
 
 ROOT = Path(__file__).parents[1]
@@ -36,6 +37,9 @@ def test_the_two_behaviours_differ(demonstrations):
     assert set(mode) == {0, 1} and actions.shape == (10, 400, 14)
     assert official[mode == 1].mean() > 0.6 and official[mode == 0].mean() < 0.4
     assert "top-down grasp" in text and "side grasp" in text and "[" in text
+    with np.load(cwd / "demos.npz", allow_pickle=False) as file:
+        evaluated = np.abs(file["observations"][:, None, 0, 14:16] - evaluation_poses(200)[None, :, :2]).max(2)
+    assert evaluated.min() > 1e-6  # no demonstration starts where an evaluation does (metres; observations are float32)
     assert (strict <= official).all()
 
 
@@ -223,6 +227,12 @@ def test_the_queue_lists_its_commands():
     ("demo_libero", ["--suite", "libero_goal", "--task-ids", "12"], ["--task-ids has 12", "0 to 9"]),
     ("demo_libero", ["--push", "2"], ["--push is 2"]),
     ("demo_libero", ["--table-states", "51"], ["--table-states is 51"]),
+    ("demo_libero", ["--table", "--out", "junk.npz"], ["--out junk.npz exists", "--overwrite"]),
+    ("bench_libero", ["--task-ids", "99"], ["--task-ids has 99"]),
+    ("bench_aloha", ["--num-envs", "0"], ["--num-envs is 0"]),
+    ("train_sac", ["--updates", "inf"], ["--updates is inf", "finite"]),
+    ("plots", ["--latents", str(ROOT / "results" / "ablations" / "short_k4_end_seed1"), "--out", "."], ["--latents", "args.json"]),
+    ("plots", ["--latents", "."], ["--out is missing"]),
 ])  # fmt: skip
 def test_bad_input(tmp_path, name, flags, words):
     (tmp_path / "junk.npz").write_text("no demonstrations")

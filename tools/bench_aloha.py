@@ -28,6 +28,7 @@ from env_aloha import HORIZON, Simulator, Workers, sample_box_poses
 from fpo_actor import FlowActor, draw_flow_noise
 from fpo_critic import QEnsemble, critic_loss, polyak_update, td_target
 from fpo_loss import fpo_loss
+from run_files import stop
 
 
 @dataclass
@@ -43,9 +44,10 @@ class Args:
 def raw_physics(simulator, state, actions):
     """Control steps a second of mj_step alone, in this process."""
     set_state(simulator.model, simulator.data, state)
+    controls = simulator.controls(actions)
     start = time.perf_counter()
-    for action in actions:
-        simulator.data.ctrl[:6], simulator.data.ctrl[8:14] = action[:6], action[7:13]
+    for u in controls:
+        simulator.data.ctrl[:] = u
         mujoco.mj_step(simulator.model, simulator.data, simulator.substeps)
     return len(actions) / (time.perf_counter() - start)
 
@@ -63,6 +65,9 @@ def seconds(function, repeat=5):
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
+    for name in ("num_workers", "num_envs", "samples"):
+        if getattr(args, name) < 1:
+            stop(f"--{name.replace('_', '-')} is {getattr(args, name)}; give at least 1")
     torch.set_num_threads(min(os.cpu_count() or 1, 4))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     n = args.num_envs

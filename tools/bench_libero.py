@@ -26,6 +26,7 @@ import env_libero
 import mujoco
 from demo_libero import Demonstrator
 from env_libero import Simulator, Workers, official, parse_task_ids, placed, quiet, suite
+from run_files import stop
 
 
 @dataclass
@@ -97,7 +98,13 @@ def one_task(args, k):
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
-    task_ids = parse_task_ids(args.suite, args.task_ids or ("56" if args.suite == "libero_90" else "all"))
+    for name in ("steps", "repeats", "num_workers"):
+        if getattr(args, name) < 1:
+            stop(f"--{name.replace('_', '-')} is {getattr(args, name)}; give at least 1")
+    try:
+        task_ids = parse_task_ids(args.suite, args.task_ids or ("56" if args.suite == "libero_90" else "all"))
+    except ValueError as error:
+        stop(str(error))
     rows = []
     for k in task_ids:
         rows.append(one_task(args, k))

@@ -131,7 +131,7 @@ def compare_update(before, after, samples, ode_steps, generator):
                 slope=slope.item() / (D / 2), delta_std=delta.std().item(), log_ratio_std=log_ratio.std().item(), cfm_loss=cfm.mean().item())  # fmt: skip
 
 
-def draw(tables, path):
+def draw(tables, path, title):
     """The rank correlation, and ℓ, over training. tables: {run: rows of its CSV}"""
     import matplotlib
 
@@ -152,6 +152,7 @@ def draw(tables, path):
     right.axhline(np.pi / 2, color="0.4", ls="--", lw=0.8, label="π/2, the untrained actor")
     right.set(xlabel="environment steps (millions)", ylabel="ℓ_cfm on the executed latents")
     right.legend(fontsize=6, frameon=False)
+    figure.suptitle(title, fontsize=9)
     figure.tight_layout()
     for suffix in (".png", ".svg"):
         figure.savefig(path.with_suffix(suffix))
@@ -188,4 +189,5 @@ if __name__ == "__main__":
             values = np.array([row[key] for row in rows])
             print(f"{name:16} {key:20} median {np.median(values):6.3f}   5 to 95 %: {np.quantile(values, 0.05):6.3f} to {np.quantile(values, 0.95):6.3f}")
     tables = {name: args.out / f"{name}_seed{args.seed}.csv" for name in RUNS}  # earlier ones too
-    draw({name: list(csv.DictReader(path.open())) for name, path in tables.items() if path.exists()}, args.out / f"seed{args.seed}")
+    draw({name: list(csv.DictReader(path.open())) for name, path in tables.items() if path.exists()}, args.out / f"seed{args.seed}",
+         f"ALOHA, seed {args.seed}, a point an update: {args.samples} latents of its rollout")  # fmt: skip

@@ -4,8 +4,8 @@
     python tools/clone_base.py --task libero_90_task56 --overwrite  # LIBERO's butter/tray
     python tools/clone_base.py --task libero_goal --overwrite       # one base for a suite, conditioned on the task
 
-Demonstrations are made first if their file is absent (tools/demo_aloha.py, tools/demo_libero.py with their defaults, which are
-those of the shipped weights). At the end the base plays the evaluation episodes, with Gaussian latents and with all latents
+Demonstrations are made first if their file is absent, as for the shipped weights: with the defaults of tools/demo_aloha.py or
+tools/demo_libero.py, and for a suite 120 of each of the tasks that the latter calls COVERED. At the end the base plays the evaluation episodes, with Gaussian latents and with all latents
 zero, and the figures go into the weights' header.
 
 Training: w_1 = whitened principal components of a demonstrated chunk, w_0 ~ N(0, I), w_u = (1 - u) w_0 + u w_1, and
@@ -46,7 +46,7 @@ class Args:
     task: Literal["aloha", "libero_90_task56", "libero_spatial", "libero_object", "libero_goal", "libero_10"] = "aloha"
     """the task, or the suite of tasks, to make a base for"""
     demos: Path | None = None
-    """demonstrations, made first if absent; demos/<task>.npz if left out"""
+    """demonstrations, made first if absent; demos/<task>.npz if left out. With this flag a suite's may be of any of its tasks"""
     out: Path | None = None
     """where the weights go; weights/<task>.safetensors if left out"""
     overwrite: bool = False
@@ -243,6 +243,7 @@ def load_demos(path, task):
 def main():
     args = tyro.cli(Args, description=__doc__)
     defaults = dict(zip(("latent_dim", "chunk_steps", "knots", "steps"), SETTINGS[args.task]))
+    own_demos = args.demos is not None
     defaults.update(demos=Path(f"demos/{args.task}.npz"), out=Path(f"weights/{args.task}.safetensors"), eval_episodes={"aloha": 200, "libero_90_task56": 50}.get(args.task, 20))
     for name, value in defaults.items():
         if getattr(args, name) is None:
@@ -254,6 +255,9 @@ def main():
         make_demos(args)
     try:
         observations, actions, last, pushed, task_ids, demonstrations = load_demos(args.demos, args.task)
+        if args.task != "aloha" and not own_demos and task_ids != (covered := importlib.import_module("demo_libero").COVERED[suite_name(args.task)]):
+            raise ValueError(f"{args.demos} has demonstrations of the tasks {task_ids}, and this base is cloned on {covered}: remove it, and it is made anew, "
+                             "or say with --demos that it is what you want.")  # fmt: skip
     except ValueError as problem:
         print(f"--demos {problem}", file=sys.stderr)
         sys.exit(2)

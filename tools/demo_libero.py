@@ -5,8 +5,8 @@ and lets go. It knows all poses and shapes. Two distinct behaviours are mixed (D
 *short* grasp, which stops before and above the object, closes on nothing and carries nothing to the goal.
 
     python tools/demo_libero.py --suite libero_90 --task-ids 56        # demos/libero_90_task56.npz
-    python tools/demo_libero.py --suite libero_goal                    # demos/libero_goal.npz, ten tasks
-    python tools/demo_libero.py --table                                # all 40 tasks from their official initial states
+    python tools/demo_libero.py --suite libero_goal --task-ids 1,2     # demos/libero_goal_task1_2.npz
+    python tools/demo_libero.py --table --out table.csv                # all 40 tasks from their official initial states
 
 Demonstrations start from placements drawn from the BDDL regions, never from an official initial state. Now and then the arm is
 pushed aside and what is recorded is the clean command, so that a clone learns to recover (as in DART, arXiv 1703.09327).
@@ -288,11 +288,11 @@ class Args:
     workers: int = 2
     """simulator processes"""
     out: Path | None = None
-    """where the demonstrations go; demos/<suite>.npz, or with _task<ids>, if left out"""
+    """where the demonstrations go; demos/<suite>.npz, or with _task<ids>, if left out; --table's is results/libero/demonstrators.csv"""
     overwrite: bool = False
     """replace an existing file"""
     table: bool = False
-    """instead: deep grasps alone, from the official initial states of all 40 tasks; results/libero/demonstrators.csv"""
+    """instead: deep grasps alone, from the official initial states of all 40 tasks"""
     table_states: int = OFFICIAL_STATES
     """initial states a task of --table"""
     video: Path | None = None
@@ -313,9 +313,8 @@ def covered(name, task_id):
 
 
 def table(args):
-    """Success of the deep grasp over the official initial states of the 40 tasks, into results/libero/demonstrators.csv."""
-    out = Path("results/libero/demonstrators.csv")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    """Success of the deep grasp over the official initial states of the 40 tasks, into args.out."""
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     rows = []
     for name in SUITES:
         with WorkerPool(args.workers, TaskSimulators, name, range(TASKS[name])) as pool:
@@ -328,8 +327,8 @@ def table(args):
                 rows.append(dict(suite=name, task_id=k, task=suite(name).get_task(k).name, pick_and_place_only=covered(name, k), episodes=n,
                                  successes=sum(good), mean_steps=f"{np.mean(steps):.0f}" if steps else ""))  # fmt: skip
                 print(f"{name:15} {k} {interval(sum(good), n):22} {rows[-1]['mean_steps']:>4} steps  {rows[-1]['task']}", flush=True)
-                write_table(out, rows)
-    print(f"wrote {out}")
+    write_table(args.out, rows)
+    print(f"wrote {args.out}")
 
 
 def make_demos(args, task_ids):
@@ -432,7 +431,9 @@ def run(args, task_ids):
 
 def main():
     args = tyro.cli(Args, description=__doc__)
-    if args.out is None and not args.table:
+    if args.out is None and args.table:
+        args.out = Path("results/libero/demonstrators.csv")
+    elif args.out is None:
         args.out = Path("demos") / (f"{args.suite}.npz" if args.task_ids == "all" else f"{args.suite}_task{args.task_ids.replace(',', '_')}.npz")
     problem = check(args)
     try:

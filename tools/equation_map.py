@@ -6,9 +6,14 @@ Every entry names a piece of code that occurs once in its file; the map gets tha
 """
 
 import re
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from run_files import write_atomically
+
 ENTRIES = [  # what the paper calls it, file, code
     ("Eq. 1, return of an episode", "train_aloha.py", "episode_return = success"),
     ("Eq. 2, Δℓ", "fpo_loss.py", "delta = cfm_init - cfm"),
@@ -45,4 +50,4 @@ if __name__ == "__main__":
         rows.append(f"| {name} | [{file}:{numbers[0]}]({file}#L{numbers[0]}) | `{code}` |")
     readme = ROOT / "README.md"
     text = re.sub(r"\| \| where \| \|\n.*?\n\n", lambda _: "\n".join(rows) + "\n\n", readme.read_text(), count=1, flags=re.S)
-    readme.write_text(text)
+    write_atomically(readme, text.encode())

@@ -137,24 +137,31 @@ def go_on(folder, run, whole, launcher=(sys.executable,)):
     assert_same(whole, run.path)
 
 
-# ---- the faults: each takes (folder, name, moment in [0, 1), undisturbed run, its seconds, random generator) and asserts ----
+def struck(run, moment, first=0):
+    """Wait for a random moment of a run's six iterations: after the first so many, and a part of the next; raises if the run has ended before."""
+    done, share = divmod((5 - first) * moment, 1)
+    met = run.wait_until(lambda: run.iterations() >= done + first)
+    run.wait_until(lambda: False, share * (0.5 if done + first else 4))  # the start takes longer than an iteration
+    assert met and run.process.poll() is None, "the moment never came"
 
 
-def kill_parent(folder, name, moment, whole, seconds, rng):
+# ---- the faults: each takes (folder, name, moment in [0, 1), undisturbed run, random generator) and asserts ----
+
+
+def kill_parent(folder, name, moment, whole, rng):
     run = Run(folder, name)
-    run.wait_until(lambda: False, moment * seconds)
+    struck(run, moment)
     run.process.kill()
-    run.finish()
+    assert run.finish() == -signal.SIGKILL
     go_on(folder, run, whole)
 
 
-def kill_worker(folder, name, moment, whole, seconds, rng, sign=signal.SIGKILL):
+def kill_worker(folder, name, moment, whole, rng, sign=signal.SIGKILL):
     run = Run(folder, name)
     run.wait_until(lambda: any("spawn_main" in " ".join(p.cmdline()) for p in run.descendants()))
-    run.wait_until(lambda: False, moment * seconds / 2)
+    struck(run, moment)
     workers = [p for p in run.descendants() if "spawn_main" in " ".join(p.cmdline())]
-    if workers:
-        workers[rng.integers(len(workers))].send_signal(sign)
+    workers[rng.integers(len(workers))].send_signal(sign)
     assert run.finish() == 0, run.said()[-300:]
     assert_same(whole, run.path)
 
@@ -163,57 +170,54 @@ def hang_worker(*arguments):
     kill_worker(*arguments, sign=signal.SIGSTOP)
 
 
-def kill_rank(folder, name, moment, whole, seconds, rng):
+def kill_rank(folder, name, moment, whole, rng):
     run = Run(folder, name, launcher=TORCHRUN)
     ranks = lambda: [p for p in psutil.Process(run.process.pid).children() if "train_aloha" in " ".join(p.cmdline())]
     run.wait_until(ranks)
-    run.wait_until(lambda: False, moment * seconds)  # before its first checkpoint too
-    if run.process.poll() is None and (alive := ranks()):
-        alive[rng.integers(len(alive))].kill()
+    struck(run, moment)  # before its first checkpoint too
+    alive = ranks()
+    alive[rng.integers(len(alive))].kill()
     code = run.finish()
     assert code == 0, f"torchrun ended with code {code}: {run.said()[-300:]}"
     assert_same(whole.with_name("whole_two_ranks"), run.path)
 
 
-def interrupt(folder, name, whole, sign, when):
-    """A signal once `when(run)` holds."""
+def interrupt(folder, name, whole, sign, wait):
+    """A signal after `wait(run)`."""
     run = Run(folder, name)
-    met = run.wait_until(lambda: when(run))
+    wait(run)
     run.process.send_signal(sign)
     code = run.finish()
-    assert met, "the moment never came"
     assert code == 130 and "Traceback" not in run.said(), f"code {code}: {run.said()[-300:]}"
     assert "--resume" in run.said() or "before the first checkpoint" in run.said(), "it did not say how to go on"
     go_on(folder, run, whole)
 
 
-def at_random(sign):
-    def fault(folder, name, moment, whole, seconds, rng):
-        done, share = divmod(4 * moment, 1)  # after so many iterations and the first: before it, Python may still be importing
-        seen = []
+def holds(condition):
+    """A wait for condition(run)."""
 
-        def due(run):
-            if not seen and run.iterations() > done:
-                seen.append(time.monotonic())
-            return bool(seen) and time.monotonic() > seen[0] + 0.5 * share
+    def wait(run):
+        assert run.wait_until(lambda: condition(run)), "the moment never came"
 
-        interrupt(folder, name, whole, sign, due)
+    return wait
 
-    return fault
+
+def at_random(sign):  # not before the first iteration: Python may still be importing
+    return lambda folder, name, moment, whole, rng: interrupt(folder, name, whole, sign, lambda run: struck(run, moment, first=1))
 
 
 def in_evaluation(sign):
-    return lambda folder, name, moment, whole, seconds, rng: interrupt(folder, name, whole, sign, lambda run: "evaluate tuned" in run.said())
+    return lambda folder, name, moment, whole, rng: interrupt(folder, name, whole, sign, holds(lambda run: "evaluate tuned" in run.said()))
 
 
 def in_checkpoint(sign):
-    def fault(folder, name, moment, whole, seconds, rng):
-        interrupt(folder, name, whole, sign, lambda run: run.iterations() >= 1 + 3 * moment and (run.path / "last.pt.partial").exists())
+    def fault(folder, name, moment, whole, rng):
+        interrupt(folder, name, whole, sign, holds(lambda run: run.iterations() >= 1 + 3 * moment and (run.path / "last.pt.partial").exists()))
 
     return fault
 
 
-def full_disk(folder, name, moment, whole, seconds, rng):
+def full_disk(folder, name, moment, whole, rng):
     size = (whole / "last.pt").stat().st_size
     run = Run(folder, name)
     assert run.wait_until(lambda: run.iterations() >= 1 + 4 * moment), "the moment never came"
@@ -227,7 +231,7 @@ def full_disk(folder, name, moment, whole, seconds, rng):
 def damaged(change):
     """A checkpoint that `change(bytes, moment)` has damaged: one sentence, and nothing touched."""
 
-    def fault(folder, name, moment, whole, seconds, rng):
+    def fault(folder, name, moment, whole, rng):
         path = folder / "runs" / name
         shutil.copytree(whole, path)
         (path / "last.pt").write_bytes(change((path / "last.pt").read_bytes(), moment))
@@ -240,7 +244,7 @@ def damaged(change):
     return fault
 
 
-def unreadable(folder, name, moment, whole, seconds, rng):
+def unreadable(folder, name, moment, whole, rng):
     path = folder / "runs" / name
     shutil.copytree(whole, path)
     (path / "last.pt").unlink()
@@ -250,7 +254,7 @@ def unreadable(folder, name, moment, whole, seconds, rng):
     assert code == 2 and "cannot be read" in run.said() and "Traceback" not in run.said(), f"code {code}: {run.said()[-300:]}"
 
 
-def simulator_raises(folder, name, moment, whole, seconds, rng):
+def infinite_actions(folder, name, moment, whole, rng):
     """A base whose actions overflow: what the simulator cannot do costs the episode, counted as failed, not the run."""
     with safe_open(ROOT / "weights" / "aloha.safetensors", "pt") as file:
         tensors, header = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
@@ -264,7 +268,7 @@ def simulator_raises(folder, name, moment, whole, seconds, rng):
     assert len(rows) == 8 and lost and all(row["success"] == "0" for row in lost), "episodes were not counted as failed"
 
 
-def nan_in_a_loss(folder, name, moment, whole, seconds, rng):
+def nan_in_a_loss(folder, name, moment, whole, rng):
     run = Run(folder, name, "--critic-lr", "1e30")
     code = run.finish()
     assert code == 1 and "NaN" in run.said() and "last.pt" in run.said() and "Traceback" not in run.said(), f"code {code}: {run.said()[-300:]}"
@@ -294,7 +298,7 @@ FAULTS = {  # name: (fault, how many of N tries it gets)
     "an unreadable checkpoint": (unreadable, once),
     "a checkpoint cut short": (damaged(lambda data, moment: data[: int(moment * len(data))]), quarter),
     "a checkpoint with a flipped bit": (damaged(flip), quarter),
-    "a simulator that raises": (simulator_raises, once),
+    "actions that are not finite": (infinite_actions, once),
     "NaN in a loss": (nan_in_a_loss, once),
 }
 
@@ -312,7 +316,6 @@ if __name__ == "__main__":
         folder, start = Path(folder), time.monotonic()
         undisturbed, two = Run(folder, "whole"), Run(folder, "whole_two_ranks", launcher=TORCHRUN)  # side by side, as the tries below
         assert undisturbed.finish() == 0, undisturbed.said()
-        seconds = time.monotonic() - start
         assert two.finish() == 0, two.said()
         bar = tqdm(total=sum(count(args.tries) for _, count in chosen.values()), unit="fault")
 
@@ -320,7 +323,7 @@ if __name__ == "__main__":
             """One try; its moment depends on the seed, the fault and the try alone. -> whether it was survived"""
             rng = np.random.default_rng([args.seed, number, i])
             try:
-                FAULTS[name][0](folder, f"fault{number}_{i}", rng.random(), undisturbed.path, seconds, rng)
+                FAULTS[name][0](folder, f"fault{number}_{i}", rng.random(), undisturbed.path, rng)
                 return True
             except Exception as error:
                 tqdm.write(f"{name}, try {i}: {error or type(error).__name__}")

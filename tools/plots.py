@@ -1,7 +1,7 @@
 """The paper's figures from finished runs, no training: PNG and SVG, and tables of latent statistics.
 
     python tools/plots.py                                                      # Fig. 3, 4b, 5, 7, Table II's curves, exploration, from results/
-    python tools/plots.py --strip runs/aloha_seed1 runs/butter_seed1           # Fig. 4a, 6: plays episodes of a run folder's checkpoints (needs EGL)
+    python tools/plots.py --strip runs/<name> --out pictures                   # Fig. 4a, 6: plays episodes of a run folder's checkpoints (needs EGL)
     python tools/plots.py --latents runs/<name> --out pictures                 # Fig. 5 and 7 of another run
     python tools/plots.py --exploration runs/<name> --out pictures             # of a run with --explore-steps: are its perturbations correlated in time?
 
@@ -13,6 +13,7 @@ import io
 import json
 import os
 import sys
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,7 @@ from run_files import load_checkpoint, stop, write_atomically
 BLUE, RED, GREEN, GREY = "#332288", "#cc6677", "#117733", "0.4"  # Paul Tol's muted scheme, safe for colour-blind readers
 POINTS = 400  # of a group in a t-SNE
 RESAMPLES = 1000
+LEAST = 5  # episodes that an interval needs
 LAGS = np.arange(6)  # decisions
 
 # curves: file name, folders of the seeds, title, the paper's base and tuned success (%) or None
@@ -56,8 +58,8 @@ class Args:
     """folders with latents.npz of runs with --explore-steps > 0"""
     strip: tuple[Path, ...] = ()
     """run folders whose checkpoints are played and photographed"""
-    out: Path = ROOT / "results" / "figures"
-    """where the pictures go"""
+    out: Path | None = None
+    """where the pictures go; those of results/ alone go to results/figures if left out"""
 
 
 def save(figure, out, name):
@@ -106,9 +108,9 @@ def draw_curves(out, name, folders, title, paper):
         tested = on_common_states(run)
         points = [(steps, 100 * v.mean(), len(v)) for (policy, steps), v in tested.items() if policy == "tuned" or (policy, steps) == ("base", 0)]
         success.append(np.array(points).T)
-        # before any episode can have reached the time limit, those that have ended are the short, successful ones
+        # at first the episodes that end are the short, successful ones, and then, at the first time limit, all failures at once
         num_envs = json.loads((folder / "args.json").read_text())["args"]["num_envs"]
-        early = seed[0] < num_envs * run["base", 0]["length"].max()
+        early = seed[0] < 3 * num_envs * run["base", 0]["length"].max()
         for column in seed[1:]:
             column[early] = np.nan
     figure, panels = plt.subplots(1, 3, figsize=(10, 3.1))
@@ -126,7 +128,7 @@ def draw_curves(out, name, folders, title, paper):
         panel.set(xlabel="environment steps (millions)", xlim=(0, None))
         panel.legend(fontsize=7, frameon=False, loc="lower right")
     n = len(seeds)
-    figure.suptitle(f"{title}: {'mean and 95 % t interval of ' + str(n) + ' seeds' if n > 1 else '1 seed'}; training curves: running mean of 5 iterations, from the first time limit on", fontsize=9)
+    figure.suptitle(f"{title}: {'mean and 95 % t interval of ' + str(n) + ' seeds' if n > 1 else '1 seed'}; training curves: running mean of 5 iterations, from three time limits on", fontsize=9)
     save(figure, out, name)
 
 
@@ -180,7 +182,7 @@ def draw_long_runs(out, folder):
         panel.set(xlabel="environment steps (millions)")
     for panel in panels:
         panel.legend(fontsize=6, frameon=False, loc="upper left" if panel is panels[1] else "lower right")
-    figure.suptitle("ALOHA, seed 1: running means of 10 iterations (speed: 20); intervals: Wilson 95 %, 100 episodes", fontsize=9)
+    figure.suptitle("ALOHA, seed 1: running means of 10 iterations (speed: 20); intervals: Wilson 95 %, 100 episodes, 200 at 10 M", fontsize=9)
     save(figure, out, "long_run")
 
 
@@ -188,7 +190,10 @@ def draw_long_runs(out, folder):
 
 
 class Latents:
-    """Executed latents of some episodes of every evaluation. x: (n, D); step, episode, chunk, success: (n,)."""
+    """Executed latents of some episodes of every evaluation. x: (n, D); step, episode, chunk, success: (n,).
+
+    Evaluations play the same initial states, mostly with the same noise: an episode of that number is one case, however often it was played.
+    """
 
     def __init__(self, path):
         with np.load(path) as file:
@@ -198,15 +203,15 @@ class Latents:
         self.steps = np.unique(self.step)
 
     def group(self, which):
-        """Latents, episode and chunk numbers of the rows that a mask chooses. Episodes of two evaluations count as two."""
-        return self.x[which], (self.episode + 10**6 * np.searchsorted(self.steps, self.step))[which], self.chunk[which]
+        """Latents, episode and chunk numbers and training steps of the rows that a mask chooses."""
+        return self.x[which], self.episode[which], self.chunk[which], self.step[which]
 
 
 def read_latents(folder, flag):
     """The latents of a run folder, or one sentence about what is wrong with it."""
     try:
         latents = Latents(folder / "latents.npz")
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
         stop(f"{flag}: {folder / 'latents.npz'} cannot be read ({error}); give folders of finished runs")
     if len(latents.steps) < 2:
         stop(f"{flag}: {folder} has one evaluation only; let the run end")
@@ -219,14 +224,18 @@ def dispersion(x):
 
 
 def bootstrap(statistic, group, rng):
-    """A statistic of a group and its 95 % interval, episodes resampled whole. -> (value, low, high)"""
-    x, episode, chunk = group
+    """A statistic of a group and its 95 % interval, episodes resampled whole. -> (value, low, high), no interval (NaN) for fewer than
+    LEAST episodes. group: arrays of n rows, of which the second has the episodes' numbers"""
+    _, episode, *_ = group
     rows = [np.flatnonzero(episode == e) for e in np.unique(episode)]
+    if len(rows) < LEAST:
+        return statistic(group), np.nan, np.nan
     values = []
     for _ in range(RESAMPLES):
         drawn = [rows[j] for j in rng.integers(len(rows), size=len(rows))]
         i = np.concatenate(drawn)
-        values.append(statistic((x[i], np.repeat(np.arange(len(drawn)), [len(d) for d in drawn]), chunk[i])))  # an episode drawn twice is two episodes
+        number = np.repeat(np.arange(len(drawn)), [len(d) for d in drawn])  # an episode drawn twice is two episodes
+        values.append(statistic((group[0][i], number, *(column[i] for column in group[2:]))))
     return statistic(group), *np.nanquantile(values, [0.025, 0.975], axis=0)
 
 
@@ -258,22 +267,22 @@ def draw_evolution(out, name, latents):
 
 
 def statistics(groups, success, rng):
-    """The statistics of Sec. IV-E of every group, with intervals. groups: {name: (x, episode, chunk)}; success: name of the successful one."""
-    # the centroid comes from every second successful episode and the distance of that group from the others, or it would be closer by construction
-    x, episode, chunk = groups[success]
-    known = np.isin(episode, np.unique(episode)[::2])
+    """The statistics of Sec. IV-E of every group, with intervals. groups: {name: as of Latents.group}; success: name of the successful one."""
+    # the centroid comes from every second successful episode, and every group's distance from its other episodes: not only the
+    # successful latents themselves are closer by construction, those of another evaluation had the same noise
+    x, episode, *_ = groups[success]
+    fitted = np.unique(episode)[::2]
+    known = np.isin(episode, fitted)
     centroid, precision = x[known].mean(0), np.linalg.inv(ledoit_wolf(x[known])[0])
-    held_out = x[~known], episode[~known], chunk[~known]
 
     def mahalanobis(group):
         d = group[0] - centroid
         return np.sqrt(np.einsum("ni,ij,nj->n", d, precision, d)).mean()
 
     def temporal(group):
-        x, episode, chunk = group
-        order = np.lexsort((chunk, episode))
-        x, episode, chunk = x[order], episode[order], chunk[order]
-        follows = (episode[1:] == episode[:-1]) & (chunk[1:] == chunk[:-1] + 1)
+        order = np.lexsort((group[2], group[3], group[1]))
+        x, episode, chunk, step = (column[order] for column in group)
+        follows = (episode[1:] == episode[:-1]) & (step[1:] == step[:-1]) & (chunk[1:] == chunk[:-1] + 1)
         return np.linalg.norm(x[1:] - x[:-1], axis=1)[follows].mean()
 
     measures = {
@@ -289,10 +298,10 @@ def statistics(groups, success, rng):
         for measure, statistic in measures.items():
             if statistic is temporal and not consecutive:
                 continue
-            if statistic is mahalanobis and name == success:
-                group = held_out
-            rows.append((name, measure, *bootstrap(statistic, group, rng), len(np.unique(group[1])), len(group[0])))
-        group = groups[name]
+            outside = ~np.isin(group[1], fitted)
+            measured = tuple(column[outside] for column in group) if statistic is mahalanobis else group
+            if len(measured[0]):
+                rows.append((name, measure, *bootstrap(statistic, measured, rng), len(np.unique(measured[1])), len(measured[0])))
         others = [g for other, g in groups.items() if other != name]
         chosen = lambda g: rng.permutation(len(g[0]))[:POINTS]
         parts = [group[0][chosen(group)]] + [g[0][chosen(g)] for g in others]
@@ -310,15 +319,16 @@ def draw_groups(out, name, groups, success, title):
     colors = dict(zip(groups, (BLUE, RED, GREEN) if len(groups) == 3 else (RED, GREEN)))
     for panel, method, label in ((panels[0], TSNE(random_state=0, perplexity=min(30, len(together) // 4)), "t-SNE"), (panels[1], PCA(2), "PCA")):
         for key, part in zip(groups, np.split(method.fit_transform(together), ends)):
-            panel.scatter(*part.T, s=9, lw=0, color=colors[key], alpha=0.7, label=f"{key} ({len(part)})", rasterized=True)
+            label_of_group = f"{key} ({len(part)}, {len(np.unique(groups[key][1]))} episodes)"
+            panel.scatter(*part.T, s=9, lw=0, color=colors[key], alpha=0.7, label=label_of_group, rasterized=True)
         panel.set(xlabel=f"{label} 1", ylabel=f"{label} 2", xticks=[], yticks=[])
-    for key, (x, _, _) in groups.items():
+    for key, (x, *_) in groups.items():
         panels[2].hist(np.linalg.norm(x, axis=1), bins=30, density=True, histtype="step", lw=1.4, color=colors[key], label=key)
         panels[3].plot(np.arange(1, x.shape[1] + 1), x.var(0), color=colors[key], marker="o", ms=3, lw=1, label=key)
     panels[2].set(xlabel="norm of a latent", ylabel="density")
     panels[3].set(xlabel="latent dimension", ylabel="variance", ylim=(0, None))
     figure.suptitle(title, fontsize=9)
-    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, ncol=3, loc="lower center", markerscale=2, frameon=False, bbox_to_anchor=(0.27, -0.02))
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=7, ncol=3, loc="lower center", markerscale=2, frameon=False, bbox_to_anchor=(0.27, -0.02))
     save(figure, out, name)
     return statistics(groups, success, rng)
 
@@ -326,13 +336,18 @@ def draw_groups(out, name, groups, success, title):
 def latent_pictures(out, folder):
     """Fig. 5 and 7 of one run. -> rows of the table of statistics."""
     latents = read_latents(folder, "--latents")
-    task = json.loads((folder / "args.json").read_text())["args"].get("suite", "aloha")
+    try:
+        task = json.loads((folder / "args.json").read_text())["args"].get("suite", "aloha")
+    except (OSError, ValueError, KeyError) as error:
+        stop(f"--latents: {folder / 'args.json'} cannot be read ({error}); give folders of finished runs")
+    if folder not in Args.latents:
+        task = folder.name  # there may be several of one task
     draw_evolution(out, task, latents)
     first, end = latents.steps[0], latents.steps[-1]
     middle = ~latents.success & (latents.step > first) & (latents.step < end)
     papers = {"base": latents.group(latents.step == first), "failed, partly trained": latents.group(middle), "successful, trained": latents.group(latents.success & (latents.step == end))}
     rows = []
-    if middle.any():
+    if middle.any() and len(np.unique(papers["successful, trained"][1])) >= LEAST:
         title = f"{task}: the paper's groups, which differ in training as well as in success (Fig. 7)"
         rows += [(task, "the paper's", *row) for row in draw_groups(out, f"fig7_{task}", papers, "successful, trained", title)]
     # within one checkpoint: the untouched base, all its decisions and its first ones, and the evaluation during training with the most failures
@@ -342,20 +357,26 @@ def latent_pictures(out, folder):
     for kind, label, chosen in (("base", "the base alone", latents.step == first), ("base_first", "the base alone, first decisions", (latents.step == first) & opening),
                                 ("tuned", f"the actor after {hardest / 1e6:.2f} M steps alone", latents.step == hardest)):  # fmt: skip
         inside = {key: latents.group((latents.success == good) & chosen) for key, good in (("failed", False), ("successful", True))}
-        if min(len(np.unique(group[1])) for group in inside.values()) >= 5:  # fewer episodes tell nothing
+        if min(len(np.unique(group[1])) for group in inside.values()) >= LEAST:
             rows += [(task, label, *row) for row in draw_groups(out, f"fig7_{task}_{kind}_only", inside, "successful", f"{task}: {label}")]
-    # where the trained actor has left N(0, I)
+    # where the trained actor has left N(0, I). The base's latents of the same episode and decision are the noise that it started from:
+    # taken off, their sampling error does not pass for a shift of the mean
+    noise = {(e, c): x for x, e, c, _ in zip(*latents.group(latents.step == first))}
     moved = {
-        "norm of a latent": lambda g: np.linalg.norm(g[0], axis=1).mean(),
-        "norm of the mean latent": lambda g: np.linalg.norm(g[0].mean(0)),
-        "largest component of the mean latent": lambda g: np.abs(g[0].mean(0)).max(),
-        "variance of a dimension": lambda g: g[0].var(0).mean(),
+        "norm of a latent": (False, lambda g: np.linalg.norm(g[0], axis=1).mean()),
+        "norm of the mean shift from the noise": (True, lambda g: np.linalg.norm(g[0].mean(0))),
+        "largest component of the mean shift": (True, lambda g: np.abs(g[0].mean(0)).max()),
+        "variance of a dimension": (False, lambda g: g[0].var(0).mean()),
     }
     for key, chosen in (("first decisions", opening), ("later decisions", ~opening)):
-        group = latents.group((latents.step == end) & chosen)
-        for measure, statistic in moved.items():
-            found = bootstrap(statistic, group, np.random.default_rng(0))
-            rows.append((task, "the trained actor alone", key, measure, *found, len(np.unique(group[1])), len(group[0])))
+        whole = latents.group((latents.step == end) & chosen)
+        paired = np.array([(e, c) in noise for e, c in zip(whole[1], whole[2])])
+        shift = [x - noise[e, c] for x, e, c, _ in zip(*(column[paired] for column in whole))]
+        for measure, (of_shift, statistic) in moved.items():
+            group = (np.array(shift), whole[1][paired]) if of_shift else whole
+            if len(group[0]):
+                found = bootstrap(statistic, group, np.random.default_rng(0))
+                rows.append((task, "the trained actor alone", key, measure, *found, len(np.unique(group[1])), len(group[0])))
     return rows
 
 
@@ -363,11 +384,11 @@ def latent_pictures(out, folder):
 
 
 def autocorrelation(group):
-    """Correlation of the vectors of decisions t and t + lag of one episode, (len(LAGS),). group: (vectors, episode, chunk) as of Latents.group.
+    """Correlation of the vectors of decisions t and t + lag of one episode, (len(LAGS),). group: (vectors, episode, chunk) of one evaluation, as of Latents.group.
 
     The mean of every decision number over the episodes is taken off first: what remains is what one episode has and another has not.
     """
-    x, episode, chunk = group
+    x, episode, chunk, *_ = group
     place = np.unique(episode, return_inverse=True)[1], chunk
     table = np.full((place[0].max() + 1, chunk.max() + 1, x.shape[1]), np.nan)  # episodes, decisions, D
     table[place] = x
@@ -386,7 +407,7 @@ def draw_exploration(out, folder):
     figure, panels = plt.subplots(1, 2, figsize=(8, 3.1), sharey=True)
     rows = []
     for panel, step in zip(panels, latents.steps[[0, -1]]):
-        x, episode, chunk = latents.group(latents.step == step)
+        x, episode, chunk, _ = latents.group(latents.step == step)
         shift = latents.shift[latents.step == step]
         for label, vectors, color in (("x$^{(0)}$", x, GREY), ("x$^{(K)}$ - x$^{(0)}$", shift, BLUE), ("x$^{(K)}$", x + shift, RED)):
             if not vectors.any():  # the untrained actor on the midpoint grid moves nothing
@@ -426,7 +447,12 @@ def draw_strip(out, folder, columns=6):
     checkpoints = sorted(folder.glob("step*.pt"))
     if not checkpoints:
         stop(f"--strip is {folder}, which has no checkpoints step*.pt; give the folder of a finished run")
-    base = FlowBase.load(flags["weights"] or ROOT / "weights" / f"{task}.safetensors", task=task)
+    if flags.get("base", "embedded") != "embedded":
+        stop(f"--strip is {folder}, a run of --base {flags['base']}; give one of the embedded base, or play that one with --eval-only --video")
+    try:
+        base = FlowBase.load(flags["weights"] or ROOT / "weights" / f"{task}.safetensors", task=task)
+    except ValueError as error:
+        stop(f"--strip is {folder}, whose base cannot be loaded: {error}")
     last = max(int(row["env_steps"]) for row in episodes)
     key = lambda row: (int(row.get("task_id", 0)), int(row["episode"]))
     failed = {key(row) for row in episodes if row["policy"] == "base" and row["success"] == "0"}
@@ -474,19 +500,22 @@ def draw_strip(out, folder, columns=6):
             panel.title.set_fontsize(7)
         panels[row, 0].set_ylabel(f"{label}\n{'success' if result['success'][0] else 'failure'}", fontsize=9)
     workers.close()
-    figure.suptitle(f"{task}, evaluation episode {episode}: the same initial state", fontsize=9)
+    figure.suptitle(f"{task}, evaluation episode {episode}: the same initial state; the base with the first noise with which it fails", fontsize=9)
     save(figure, out, f"fig{'4a' if aloha else '6'}_{task}")
 
 
 def write_rows(path, columns, rows):
     """A CSV table with four digits a number."""
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([columns, *([f"{v:.4g}" if isinstance(v, float) else v for v in row] for row in rows)])
+    csv.writer(text, lineterminator="\n").writerows([columns, *([f"{v:.4g}" if isinstance(v, (float, np.floating)) else v for v in row] for row in rows)])
     write_atomically(path, text.getvalue().encode())
 
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
+    if args.out is None and (args.strip or (args.latents, args.exploration) != (Args.latents, Args.exploration)):
+        stop("--out is missing: the pictures of other runs would replace those of results/figures; give a folder for them")
+    args.out = args.out or ROOT / "results" / "figures"
     args.out.mkdir(parents=True, exist_ok=True)
     if args.strip:
         for folder in args.strip:

@@ -21,7 +21,7 @@ from scipy import stats
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from run_files import rate, wilson
+from run_files import rate, wilson, write_atomically
 
 # folder, runs that count there, runs that are the seeds of the picture, its title, the paper's figure and its name
 PICTURES = (
@@ -114,13 +114,13 @@ def write_table(folder, runs, seeds, strict):
 
 def publish(path, lines):
     """Write a table to its file, and into README if it has markers for that file."""
-    path.write_text("\n".join(lines) + "\n")
+    write_atomically(path, ("\n".join(lines) + "\n").encode())
     readme = ROOT / "README.md"
     begin, end = f"<!-- {os.path.relpath(path, ROOT)} -->\n", "<!-- end -->"
     new = begin + "\n".join(lines) + "\n" + end
     text = readme.read_text()
     if begin in text:
-        readme.write_text(re.sub(re.escape(begin) + ".*?" + end, lambda _: new, text, count=1, flags=re.S))
+        write_atomically(readme, re.sub(re.escape(begin) + ".*?" + end, lambda _: new, text, count=1, flags=re.S).encode())
     print("\n".join(lines))
 
 
@@ -146,7 +146,7 @@ def write_suites(folder):
         lines.append("| " + " | ".join(cells) + " |")
         tasks += [",".join([suite, r["task_id"], r["task"], r["policy"] or "not cloned", r["successes"], r["episodes"]]) for r in table if r["task_id"].isdigit()]
     publish(folder / "suites.md", lines)
-    (folder / "suites.csv").write_text("\n".join(tasks) + "\n")
+    write_atomically(folder / "suites.csv", ("\n".join(tasks) + "\n").encode())
 
 
 def write_summary(path):
@@ -182,8 +182,8 @@ def write_table_1(folder):
         rows.append([label, *cells, f"{np.mean(shares):.1f}" if None not in shares else "–", "–"])
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header), *("| " + " | ".join(row) + " |" for row in rows)]
     lines += ["", "Ours: averages over the tasks that the base was cloned on, of each suite those that ../../README.md names, and not all ten; 50 episodes a task, one seed."]
-    (folder / "table1.md").write_text("\n".join(lines) + "\n")
-    (folder / "table1.csv").write_text("\n".join(",".join(row) for row in [header, *rows]) + "\n")
+    write_atomically(folder / "table1.md", ("\n".join(lines) + "\n").encode())
+    write_atomically(folder / "table1.csv", ("\n".join(",".join(row) for row in [header, *rows]) + "\n").encode())
 
 
 def over_seeds(values):
@@ -252,6 +252,7 @@ def write_ablations(path):
     def cells(row):
         """The seeds, and success at each of the four evaluations; a run that stopped early counts with its last one."""
         seeds = [s for s in runs.get(row, {}).values() if s]
+        lost = len(runs.get(row, {})) - len(seeds)  # a loss became infinite before the first evaluation
 
         def at(k):
             return over_seeds_and_episodes([s[min(k, len(s) - 1)] for s in seeds])
@@ -261,7 +262,7 @@ def write_ablations(path):
         to_90 = [float(line["steps_to_90"]) / 1000 if line.get("steps_to_90") else None for line in last[row].values()]
         norms = [float(line["latent/norm"]) if line.get("latent/norm") else None for line in last[row].values()]
         late = [last_quarter(curves[row][seed]) for seed in last[row]]
-        return [str(len(seeds)), at(0), at(1), f"**{at(3)}**", numbers(to_90, "{:.0f}"), numbers(late, "{:.1f}"), numbers(norms, "{:.1f}")]
+        return [str(len(seeds)) + (f", and {lost} lost" if lost else ""), at(0), at(1), f"**{at(3)}**", numbers(to_90, "{:.0f}"), numbers(late, "{:.1f}"), numbers(norms, "{:.1f}")]
 
     def numbers(values, digits):
         """Mean and interval over the seeds that have a value (not None); of one or two, the values themselves."""
@@ -290,14 +291,16 @@ def write_ablations(path):
                 continue
             evaluated = [[100 * int(line["successes"]) / int(line["episodes"]) for line in last[r].values()] for r in pair]
             to_90 = [[float(line["steps_to_90"]) / 1000 for line in last[r].values() if line.get("steps_to_90")] for r in pair]
+            reached = f" ({' and '.join(str(len(v)) for v in to_90)} seeds got there)" if sum(map(len, to_90)) < sum(len(last[r]) for r in pair) else ""
             late = [[last_quarter(curves[r][seed]) for seed in last[r]] for r in pair]
             counts = " and ".join(str(len(last[r])) for r in pair)
-            lines.append(f"| {label} | {name} | {counts} | {difference(*evaluated)} | {difference(*to_90, '{:+z.0f}')} | {difference(*late)} |")
+            lines.append(f"| {label} | {name} | {counts} | {difference(*evaluated)} | {difference(*to_90, '{:+z.0f}')}{reached} | {difference(*late)} |")
     publish(path.with_name("differences.md"), lines)
     for name in ("table2", "extras", "differences"):
         text = path.with_name(f"{name}.md").read_text().splitlines()
         plain = [[c.strip().strip("*") for c in line.strip("|").split("|")] for i, line in enumerate(text) if i != 1]
-        path.with_name(f"{name}.csv").write_text("\n".join(",".join(f'"{c}"' if "," in c else c for c in row) for row in plain) + "\n")
+        rows = [",".join(f'"{c}"' if "," in c else c for c in row) for row in plain]
+        write_atomically(path.with_name(f"{name}.csv"), ("\n".join(rows) + "\n").encode())
 
 
 def draw_curve(folder, seeds, title, papers, paper_label):

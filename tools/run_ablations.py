@@ -6,7 +6,7 @@
 
 A run that has ended is one block of lines in results/ablations/runs.csv, a line an evaluation, and is not run again; its curve goes into
 runs_curves.csv beside that. One that was interrupted (Ctrl-C, power) goes on from its last iteration at the next call; train_sac.py and
-train_cloning.py start anew. Run folders are in runs/ablations/.
+train_cloning.py start anew. Run folders are in runs/ablations/, with another --out in runs/ablations_<its name>/.
 Two runs go side by side, each on its half of the cores: on two cores that is faster than one run after the other on both.
 """
 
@@ -133,10 +133,9 @@ def evaluations(folder):
         yield dict(known, policy=policy, env_steps=env_steps, successes=successes, episodes=episodes)
 
 
-def run(row, seed):
-    """One run from its start, or from where it was interrupted. -> (exit code, the end of what it printed)."""
-    name, command = f"ablations/{row}_seed{seed}", ROWS[row][1].split()
-    folder = ROOT / "runs" / name
+def run(row, seed, folder):
+    """One run from its start, or from where it was interrupted. folder: below runs/. -> (exit code, the end of what it printed)."""
+    name, command = folder.relative_to(ROOT / "runs").as_posix(), ROWS[row][1].split()
     if folder.exists() and command[0] in RESUMED and (folder / "last.pt").exists():
         command = [command[0], "--resume", str(folder)]
     else:
@@ -156,6 +155,8 @@ if __name__ == "__main__":
     if not 1 <= args.at_once <= len(CORES):
         stop(f"--at-once is {args.at_once}; give a number from 1 to {len(CORES)}, the cores of this machine")
     queue = [(row, seed) for seed in range(1, 6) for row in args.rows if seed <= min(ROWS[row][0], args.seeds or 5)]
+    # another --out has run folders of its own: the rows are played again, and those of this repository stay
+    runs = ROOT / "runs" / ("ablations" if args.out == Args.out else f"ablations_{args.out.stem}")
     curves_out = args.out.with_name(f"{args.out.stem}_curves.csv")
     lines, curves = read_table(args.out), read_table(curves_out)
     done = {(line["row"], int(line["seed"])) for line in lines}
@@ -174,7 +175,7 @@ if __name__ == "__main__":
             failed.append((row, seed))
             return tqdm.write(f"{row} seed {seed} ended with code {code}:\n{text[-1500:]}", file=sys.stderr)
         known = dict(row=row, seed=seed, status="loss not finite" if diverged else "", minutes=f"{minutes:.1f}", command=f"{ROWS[row][1]} --seed {seed}")
-        folder = ROOT / "runs" / "ablations" / f"{row}_seed{seed}"
+        folder = runs / f"{row}_seed{seed}"
         curves[:] = [line for line in curves if (line["row"], line["seed"]) != (row, str(seed))]
         curves.extend(dict(point, row=row, seed=str(seed)) for point in curve(folder))
         write_table(curves_out, ["row", "seed", *CURVE], curves)
@@ -192,7 +193,7 @@ if __name__ == "__main__":
                     return
                 row, seed = jobs.popleft()
             start = time.perf_counter()
-            code, text = run(row, seed)
+            code, text = run(row, seed, runs / f"{row}_seed{seed}")
             if code == 130:  # Ctrl-C: it has saved, and goes on at the next call
                 interrupted.append((row, seed))
                 return

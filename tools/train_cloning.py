@@ -73,7 +73,7 @@ if __name__ == "__main__":
     for name in ("total_env_steps", "num_envs", "num_workers", "rollout_decisions", "window", "updates", "minibatch_size", "actor_lr", "flow_steps",
                  "num_draws", "eval_every", "eval_episodes"):  # fmt: skip
         if not 0 < getattr(args, name) < math.inf:
-            stop(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be positive")
+            stop(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be positive and finite")
     if args.seed < 0:
         stop(f"--seed is {args.seed}; it must not be negative")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -81,7 +81,10 @@ if __name__ == "__main__":
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)  # more for the updates only: waiting threads of torch spin, and would take the workers' cores
 
-    base = FlowBase.load(ROOT / "weights" / "aloha.safetensors", device=device, task="aloha")
+    try:
+        base = FlowBase.load(ROOT / "weights" / "aloha.safetensors", device=device, task="aloha")
+    except ValueError as error:
+        stop(f"--task {args.task}: {error}")
     S, D = base.state_dim, base.latent_dim
     torch.manual_seed(args.seed)
     actor = FlowActor(S, D).to(device)

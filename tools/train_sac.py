@@ -126,7 +126,10 @@ if __name__ == "__main__":
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)  # more for the updates only: waiting threads of torch spin, and would take the workers' cores
 
-    base = FlowBase.load(ROOT / "weights" / f"{args.task}.safetensors", device=device, task=args.task)
+    try:
+        base = FlowBase.load(ROOT / "weights" / f"{args.task}.safetensors", device=device, task=args.task)
+    except ValueError as error:
+        stop(f"--task {args.task}: {error}")
     S, D = base.state_dim, base.latent_dim
     torch.manual_seed(args.seed)
     actor = TanhGaussianActor(S, D, args.bound).to(device)

@@ -22,9 +22,10 @@ if __name__ == "__main__":
     except (IndexError, ValueError, psutil.NoSuchProcess):
         stop("give the number of a running process and a file to write, as python tools/watch_memory.py 1234 memory.csv")
     start = time.monotonic()
-    with open(path, "w", newline="") as file:
+    with open(path, "a", newline="") as file:  # of a resumed run too: its seconds start from 0 again
         writer = csv.writer(file)
-        writer.writerow(("seconds", "processes", "pss_mib"))
+        if not file.tell():
+            writer.writerow(("seconds", "processes", "pss_mib"))
         while parent.is_running() and parent.status() != psutil.STATUS_ZOMBIE:
             try:
                 family = [parent, *parent.children(recursive=True)]
