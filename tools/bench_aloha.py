@@ -1,6 +1,6 @@
 """Speed of every part of a training run on this machine, in one go.
 
-    python tools/bench_aloha.py            # about a minute; let nothing else run
+    python tools/bench_aloha.py            # a minute or two; let nothing else run
 
 Raw physics is MuJoCo's mj_step alone, one process a core, with a scripted demonstration's joint targets as commands; the
 environment executes the same commands in the same episodes. So their ratio is the price of observations, rewards and processes.
@@ -39,6 +39,8 @@ class Args:
     """environments, as in training"""
     samples: int = 320
     """samples of an iteration, as in training"""
+    turns: int = 10
+    """measurements of raw physics and of our environment, one after the other"""
 
 
 def raw_physics(simulator, state, actions):
@@ -65,7 +67,7 @@ def seconds(function, repeat=5):
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
-    for name in ("num_workers", "num_envs", "samples"):
+    for name in ("num_workers", "num_envs", "samples", "turns"):
         if getattr(args, name) < 1:
             stop(f"--{name.replace('_', '-')} is {getattr(args, name)}; give at least 1")
     torch.set_num_threads(min(os.cpu_count() or 1, 4))
@@ -78,14 +80,16 @@ if __name__ == "__main__":
     with Workers(args.num_workers) as workers:
         states, observations = workers.reset(poses)
         # both play the same episodes on all workers at once; a raw job is one episode, as an environment job is a chunk
-        workers.pool.map(raw_physics, list(states), list(actions))
-        start = time.perf_counter()
-        workers.pool.map(raw_physics, list(states), list(actions))
-        raw = n * HORIZON / (time.perf_counter() - start)
-        start = time.perf_counter()
-        for k in range(0, HORIZON, 40):
-            states = np.stack([chunk.state for chunk in workers.run(states, actions[:, k : k + 40])])
-        ours = n * HORIZON / (time.perf_counter() - start)
+        raw, ours = [], []
+        for _ in range(args.turns):  # in turns: the speed of a shared machine wanders
+            start = time.perf_counter()
+            workers.pool.map(raw_physics, list(states), list(actions))
+            raw.append(n * HORIZON / (time.perf_counter() - start))
+            now, start = states, time.perf_counter()
+            for k in range(0, HORIZON, 40):
+                now = np.stack([chunk.state for chunk in workers.run(now, actions[:, k : k + 40])])
+            ours.append(n * HORIZON / (time.perf_counter() - start))
+    low, middle, high = np.quantile(np.array(ours) / raw, [0.25, 0.5, 0.75])
 
     base = FlowBase.load(ROOT / "weights" / "aloha.safetensors", device=device)
     S, D, B = base.state_dim, base.latent_dim, args.samples
@@ -132,8 +136,8 @@ if __name__ == "__main__":
 
     singles = [QEnsemble(S, D, 1).to(device) for _ in range(5)]
     print(f"{args.num_workers} workers, torch on {device} with {torch.get_num_threads()} threads")
-    print(f"raw physics            {raw:8.0f} control steps/s")
-    print(f"our environment        {ours:8.0f} control steps/s   {ours / raw:.2f} of raw")
+    print(f"raw physics            {np.median(raw):8.0f} control steps/s, median of {args.turns} turns")
+    print(f"our environment        {np.median(ours):8.0f} control steps/s   {middle:.2f} of raw (quartiles {low:.2f} and {high:.2f})")
     print(f"sample and decode      {1000 * seconds(decode):8.1f} ms for {n} environments, one decision")
     print(f"actor epoch            {1000 * seconds(actor_epoch):8.1f} ms for {B} samples, 16 draws")
     print(f"critic epoch           {1000 * seconds(critic_epoch):8.1f} ms for {B} samples, 5 critics")

@@ -148,7 +148,7 @@ def draw(tables, path, title):
         right.plot(steps, [row["cfm_loss"] for row in rows], color=color, lw=1.2, label=label)
     left.set(xlabel="environment steps (millions)", ylabel="Spearman's ρ of Δℓ and Δ log π", ylim=(-1.02, 1.02))
     left.axhline(0, color="0.6", lw=0.8)
-    left.legend(fontsize=6, frameon=False, loc="lower right")
+    left.legend(fontsize=6, frameon=False, loc="lower left")
     right.axhline(np.pi / 2, color="0.4", ls="--", lw=0.8, label="π/2, the untrained actor")
     right.set(xlabel="environment steps (millions)", ylabel="ℓ_cfm on the executed latents")
     right.legend(fontsize=6, frameon=False)
