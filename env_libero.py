@@ -261,11 +261,10 @@ class Simulator:
                 self.goal_rotation[:] = turn @ data.site_xmat[self.site].reshape(3, 3)
             try:
                 self._drive(goal_position, action[6], self.sensed)
+                diverged = has_diverged(data)
             except np.linalg.LinAlgError:  # MuJoCo has put a diverged arm to its zero pose, where it is singular
                 diverged = True
-                break
-            if has_diverged(data):
-                diverged = True
+            if diverged:
                 break
             success.append(bool(self.env._check_success()))
             if record:

@@ -11,8 +11,8 @@ the conservative value baseline V(s) and generalized advantage estimation (GAE).
     polyak_update(target, critic, tau=0.05)
 
 One transition is one decision: a latent chunk that ran h' environment steps. Its reward is Σ_{j<h'} γ^j r_{t+j}, its
-bootstrap factor `discount` = γ^h' (D8). A success terminates, and so does
-physics that diverged, with reward 0; a time limit only truncates (D9).
+bootstrap factor `discount` = γ^h' (D8). A success terminates, and so do physics that
+diverged, with reward 0; a time limit only truncates (D9).
 D1 … D14: README, "What the paper leaves open".
 """
 

@@ -156,7 +156,7 @@ if __name__ == "__main__":
         stop(f"--at-once is {args.at_once}; give a number from 1 to {len(CORES)}, the cores of this machine")
     queue = [(row, seed) for seed in range(1, 6) for row in args.rows if seed <= min(ROWS[row][0], args.seeds or 5)]
     # another --out has run folders of its own: the rows are played again, and those of this repository stay
-    runs = ROOT / "runs" / ("ablations" if args.out == Args.out else f"ablations_{args.out.stem}")
+    runs = ROOT / "runs" / ("ablations" if args.out.resolve() == Args.out else f"ablations_{args.out.stem}")
     curves_out = args.out.with_name(f"{args.out.stem}_curves.csv")
     lines, curves = read_table(args.out), read_table(curves_out)
     done = {(line["row"], int(line["seed"])) for line in lines}
