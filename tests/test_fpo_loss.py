@@ -58,6 +58,11 @@ def test_ratio_is_eq_3_and_blind_to_shift_and_scale():
     torch.testing.assert_close(ratio_from_cfm(delta, 0.3, 1e-8, "raw")[0], delta.exp())
 
 
+def test_an_unknown_ratio_is_refused():
+    with pytest.raises(ValueError, match="'raws'"):
+        ratio_from_cfm(torch.zeros(2), beta=0.2, sigma_floor=0.02, ratio="raws")
+
+
 def test_ages_are_standardised_apart():
     """D10: an offset between the iterations of the window leaves no trace in z."""
     age = torch.tensor([0, 1]).repeat_interleave(30)

@@ -195,6 +195,21 @@ def test_differences_against_another_library():
     assert difference(a, b[:2]) == "-4.5" and difference([79.0] * 3, [79.2] * 3, "{:+z.0f}") == "+0" and difference([], b) == "–"
 
 
+def test_the_rank_test_against_every_ordering():
+    """p as the share of all ways to deal the values whose sum of ranks is at least as far from its mean; with ties too."""
+    from itertools import combinations
+
+    from results import rank_test
+    from scipy.stats import rankdata
+
+    for a, b in (([94.8, 98.7, 94.1, 84.7], [99.4, 98.6, 98.9]), ([1.0, 2.0, 2.0], [2.0, 3.0, 4.0])):
+        ranks = rankdata(a + b)
+        sums = [sum(dealt) for dealt in combinations(ranks, len(a))]
+        far = [abs(s - np.mean(sums)) >= abs(ranks[: len(a)].sum() - np.mean(sums)) for s in sums]
+        assert rank_test(a, b) == rank_test(b, a) == f"{np.mean(far):.2g}"
+    assert rank_test([1.0, 2.0, 3.0], [4.0, 5.0, 6.0]) == "0.1"  # 2 of 20
+
+
 def test_the_queue_lists_its_commands():
     result = tool("run_ablations", ROOT, "--list", "--rows", "aloha_no_clip", "--seeds", 2)
     assert result.returncode == 0 and len(result.stdout.splitlines()) == 2

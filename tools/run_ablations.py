@@ -168,14 +168,13 @@ if __name__ == "__main__":
     jobs, failed, interrupted, lock = deque(job for job in queue if job not in done), [], [], threading.Lock()
     bar = tqdm(total=len(jobs), unit="run")
 
-    def record(row, seed, code, text, minutes):
+    def record(row, seed, folder, code, text, minutes):
         """What a run has brought goes into runs.csv at once; what a failed one said goes to the terminal."""
         diverged = "a loss became NaN or infinite" in text
         if code and not diverged:
             failed.append((row, seed))
             return tqdm.write(f"{row} seed {seed} ended with code {code}:\n{text[-1500:]}", file=sys.stderr)
         known = dict(row=row, seed=seed, status="loss not finite" if diverged else "", minutes=f"{minutes:.1f}", command=f"{ROWS[row][1]} --seed {seed}")
-        folder = runs / f"{row}_seed{seed}"
         curves[:] = [line for line in curves if (line["row"], line["seed"]) != (row, str(seed))]
         curves.extend(dict(point, row=row, seed=str(seed)) for point in curve(folder))
         write_table(curves_out, ["row", "seed", *CURVE], curves)
@@ -192,13 +191,13 @@ if __name__ == "__main__":
                 if interrupted or not jobs:
                     return
                 row, seed = jobs.popleft()
-            start = time.perf_counter()
-            code, text = run(row, seed, runs / f"{row}_seed{seed}")
+            start, folder = time.perf_counter(), runs / f"{row}_seed{seed}"
+            code, text = run(row, seed, folder)
             if code == 130:  # Ctrl-C: it has saved, and goes on at the next call
                 interrupted.append((row, seed))
                 return
             with lock:
-                record(row, seed, code, text, (time.perf_counter() - start) / 60)  # of the last sitting, if it was interrupted
+                record(row, seed, folder, code, text, (time.perf_counter() - start) / 60)  # of the last sitting, if it was interrupted
                 bar.update()
 
     lanes = [threading.Thread(target=lane, args=(CORES[k :: args.at_once],)) for k in range(args.at_once)]
