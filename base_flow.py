@@ -108,8 +108,9 @@ class FlowBase(nn.Module):
     def load(cls, path, device="cpu", task=None):
         """The frozen base in `path`. ValueError, in one sentence, if the file is not a sound base (for `task`)."""
         shipped = Path(path).resolve().parent == Path(__file__).resolve().parent / "weights"
-        fix = f"restore it with `git checkout {path}`" if shipped else "give the path of a sound one"
-        fix += f", or make it with `python tools/clone_base.py --task {task or '<task>'} --out {path} --overwrite`"
+        fix = "give the path of a sound one (`python tools/clone_base.py --help` says how one is made)"
+        if shipped:
+            fix = f"restore it with `git checkout {path}`, or make it with `python tools/clone_base.py --task {Path(path).stem} --overwrite`"
         if not os.path.isfile(path):
             raise ValueError(f"there is no base policy at {path}: {fix}.")
         try:
