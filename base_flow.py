@@ -4,12 +4,12 @@ It turns Gaussian noise w into a chunk of actions, given the state: w is the sta
 data) whose end are the chunk's principal components. Whoever chooses w steers the policy: FPO's actor, or N(0, I),
 which is the base as it was cloned. Nothing here is trained; `tools/clone_base.py` makes the weights.
 
-    base = FlowBase.load("weights/aloha.safetensors", task="aloha")
+    base = FlowBase.load("weights/aloha.safetensors", task="aloha")     # the sizes below are ALOHA's
     s, context = base.encode(observation)                # observation: (B, 21) -> s: (B, 21)
     x = torch.randn(len(s), base.latent_dim)             # or an actor's latent chunk
     actions = base.decode(context, base.to_noise(x))     # (B, 40, 14) joint targets, one per control step
 
-The latent has 24 dimensions and not the chunk's 126, because the noise of a policy gradient grows with the
+The latent has 24 dimensions (LIBERO: 16) and not the chunk's 126, because the noise of a policy gradient grows with the
 dimension (D12). Flow matching: Lipman et al., arXiv 2210.02747. This file stands alone: torch and safetensors only.
 """
 
@@ -74,7 +74,7 @@ class FlowBase(nn.Module):
         return s, s
 
     def to_noise(self, x, generator=None):
-        """D12: the actor's k latents, completed with N(0, I) from `generator`. x: (B, k) -> w: (B, D)."""
+        """D12: the actor's k latents, completed with N(0, I) from `generator`. x: (B, k) -> w: (B, D). ValueError if k > D."""
         missing = self.latent_dim - x.shape[1]
         if missing < 0:
             raise ValueError(f"x has {x.shape[1]} latents and this base takes {self.latent_dim}; send fewer.")

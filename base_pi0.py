@@ -202,7 +202,7 @@ class Pi0Base:
 
 
 def download(path):
-    """The folder of a policy, fetched from the hub unless it is one already."""
+    """The folder of a policy, fetched from the hub unless it is one already. ValueError if it is neither there nor to be had."""
     if Path(path).is_dir():
         return Path(path).resolve()
     from huggingface_hub import snapshot_download
@@ -215,7 +215,7 @@ def download(path):
 
 def load_strictly(folder, config):
     """The policy, frozen, after every tensor of the file has been found in it. lerobot's own loader prints a warning and goes on
-    with random weights where the file is missing or does not fit."""
+    with random weights where the file is missing or does not fit. ValueError in these cases."""
     from lerobot.policies.factory import get_policy_class
     from safetensors.torch import load_file
 
@@ -246,7 +246,8 @@ def load_strictly(folder, config):
 
 
 def dct_basis(modes, action_dim, steps, width):
-    """Orthonormal: the first DCT-II modes along time of each real action dimension. -> (modes · action_dim, steps, width)."""
+    """Orthonormal: the first DCT-II modes along time of each real action dimension. -> (modes · action_dim, steps, width).
+    ValueError for more modes than steps."""
     if modes > steps:
         raise ValueError(f"--latent-modes is {modes}, and a chunk has {steps} steps: give at most that.")
     time, mode = (torch.arange(steps) + 0.5) / steps, torch.arange(modes)

@@ -7,10 +7,11 @@ An environment *is* its state vector: `Simulator.run(state, actions)` is a pure 
 nothing between calls. So results do not depend on the number of workers, a checkpoint is a copy of the state
 vectors, and a worker that dies is replaced and its work done again.
 
-    with Workers(num_workers=2) as workers:
-        states, observations = workers.reset(sample_box_poses(np.random.default_rng(0), 8))
-        chunks = workers.run(states, np.repeat(START_ACTION[None, None], 8, 0).repeat(40, 1))
-        print(chunks[0].rewards, chunks[0].observation)
+    if __name__ == "__main__":      # the workers import the script that starts them
+        with Workers(num_workers=2) as workers:
+            states, observations = workers.reset(sample_box_poses(np.random.default_rng(0), 8))
+            chunks = workers.run(states, np.repeat(START_ACTION[None, None], 8, 0).repeat(40, 1))
+            print(chunks[0].rewards, chunks[0].observation)
 
 Observation (21): joint positions as gym-aloha reports them (14: six angles in rad and the gripper in 0 … 1, left
 arm first), the cube's position (3, metres) and quaternion (4). Action (14): the joint targets in the same order.
@@ -226,7 +227,7 @@ class Workers:
         return np.stack(states), stack(observations, self.pictures)
 
     def run(self, states, actions, stop_at_success=False, record=False):
-        """`Simulator.run` for every row. states: (n, S), actions: (n, T, 14) -> list of n `Chunk`."""
+        """`Simulator.run` for every row. states: (n, S), actions: n arrays (T, 14) -> list of n `Chunk`."""
         n = len(states)
         same = [[stop_at_success] * n, [record] * n, [self.pictures] * n]
         chunks = self.pool.map(_run, list(states), list(actions), *same, may_lose=True)
@@ -313,7 +314,6 @@ class TrainingEnvs:
         n = len(self.indices)
         self.states, self.observations = workers.reset(np.concatenate([sample_box_poses(r, 1) for r in self.rngs]))
         self.steps = np.zeros(n, dtype=np.int64)  # control steps of the running episode
-        self.episodes = np.zeros(n, dtype=np.int64)  # episodes ended so far
 
     def step(self, actions):
         """Execute one chunk in every environment. actions: (n, T, 14), joint targets.
@@ -345,19 +345,18 @@ class TrainingEnvs:
             poses = np.concatenate([sample_box_poses(self.rngs[i], 1) for i in ended])
             self.states[ended], self.observations[ended] = self.workers.reset(poses)
             self.steps[ended] = 0
-            self.episodes[ended] += 1
         return result
 
     def state_dict(self):
         """Everything that decides how the environments go on, as plain values and arrays. Pictures are not kept: states tell them."""
         return dict(
             states=self.states, observations=None if self.workers.pictures else self.observations, steps=self.steps,
-            episodes=self.episodes, rngs=[rng.bit_generator.state for rng in self.rngs],
+            rngs=[rng.bit_generator.state for rng in self.rngs],
         )  # fmt: skip
 
     def load_state_dict(self, state):
         """Go on where `state_dict` was taken, of all environments from 0 on."""
-        for name in ("states", "steps", "episodes"):
+        for name in ("states", "steps"):
             setattr(self, name, np.array(state[name])[self.indices])
         pictures = self.workers.pictures
         self.observations = self.workers.look(self.states) if pictures else np.array(state["observations"])[self.indices]

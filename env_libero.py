@@ -6,10 +6,11 @@ environment. Placements, success predicates and initial states are LIBERO's own 
 
 As in env_aloha.py, an environment *is* its state vector, and `Simulator.run(state, actions)` is a pure function.
 
-    with Workers(2, "libero_90", [56]) as workers:
-        states, observations = workers.reset([56, 56], [official(0), placed(7)])
-        chunks = workers.run([56, 56], states, np.zeros((2, 10, 7)))
-        print(chunks[0].success, chunks[0].observation)
+    if __name__ == "__main__":      # the workers import the script that starts them
+        with Workers(2, "libero_90", [56]) as workers:
+            states, observations = workers.reset([56, 56], [official(0), placed(7)])
+            chunks = workers.run([56, 56], states, np.zeros((2, 10, 7)))
+            print(chunks[0].success, chunks[0].observation)
 
 Action (7), each in -1 ... 1, at 20 Hz: end-effector position change (1 is 5 cm), rotation vector (1 is 0.5 rad), gripper
 (negative opens, positive closes). Observation (45, and 10 for the task): see `Simulator.observe`.
@@ -529,7 +530,6 @@ class TrainingEnvs:
         n = len(self.indices)
         self.states, self.observations = workers.reset(self.task_ids, [self._start(i) for i in range(n)])
         self.steps = np.zeros(n, dtype=np.int64)  # control steps of the running episode
-        self.episodes = np.zeros(n, dtype=np.int64)  # episodes ended so far
 
     def _start(self, i):
         return placed(self.rngs[i].integers(2**32))
@@ -565,7 +565,6 @@ class TrainingEnvs:
             for i, state in zip(ended, states):
                 self.states[i] = state
             self.steps[ended] = 0
-            self.episodes[ended] += 1
         return result
 
     def state_dict(self):
@@ -573,13 +572,12 @@ class TrainingEnvs:
         return dict(
             states=np.concatenate(self.states), sizes=np.array([len(s) for s in self.states]),
             observations=None if self.workers.pictures else self.observations,
-            steps=self.steps, episodes=self.episodes, rngs=[rng.bit_generator.state for rng in self.rngs],
+            steps=self.steps, rngs=[rng.bit_generator.state for rng in self.rngs],
         )  # fmt: skip
 
     def load_state_dict(self, state):
         """Go on where `state_dict` was taken, of all environments from 0 on."""
-        for name in ("steps", "episodes"):
-            setattr(self, name, np.array(state[name])[self.indices])
+        self.steps = np.array(state["steps"])[self.indices]
         states = np.split(np.array(state["states"]), np.cumsum(state["sizes"])[:-1])
         self.states = [states[i] for i in self.indices]
         pictures = self.workers.pictures

@@ -3,6 +3,7 @@
 Implements: the velocity field v_θ(x, u | s), sampling (Algorithm 1, line 7), Eq. 7 (multi-step latent exploration)
 and the per-sample conditional flow-matching (CFM) loss ℓ_cfm(x | s; θ) behind Eq. 2. Needs torch only.
 
+    import torch; from fpo_actor import FlowActor, draw_flow_noise
     actor = FlowActor(state_dim=21, latent_dim=24)
     s = torch.randn(8, 21)
     x = actor.sample(s, flow_steps=8)                          # (8, 24), N(0, I) before any training
@@ -95,10 +96,12 @@ class FlowActor(nn.Module):
 
         D6: x^(0) is a finished sample, so this transports it along the actor's own field; nothing random is added.
         The paper leaves the grid open. "midpoint", τ = (k + ½)/K, keeps the norm of N(0, I); "end", τ = (k + 1)/K,
-        inflates it, by (1 + η) for the step at τ = 1.
+        inflates it, by (1 + η) for the step at τ = 1. Raises ValueError for another grid.
         """
+        if grid not in ("midpoint", "end"):
+            raise ValueError(f"grid is {grid!r}; it must be 'midpoint' or 'end'")
         for k in range(explore_steps):
-            tau = {"midpoint": k + 0.5, "end": k + 1}[grid] / explore_steps
+            tau = (k + (0.5 if grid == "midpoint" else 1.0)) / explore_steps
             x = x + explore_eta * self.velocity(x, torch.full((len(x),), tau, device=x.device), s)
         return x
 

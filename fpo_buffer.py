@@ -4,6 +4,7 @@ Keeps the last W iterations whole, because GAE needs trajectories and Eq. 2 need
 had under the actor that collected it, and the random draws of that loss (D3, D10: README, "What the paper leaves open").
 Needs torch only.
 
+    import torch; from fpo_buffer import TrajectoryBuffer
     buffer = TrajectoryBuffer(window=2)
     for iteration in range(3):
         buffer.push(dict(s=torch.randn(10, 4, 21), x=torch.randn(10, 4, 24), r=torch.zeros(10, 4)))  # (T, E, …)
@@ -17,8 +18,8 @@ class TrajectoryBuffer:
     """Whole iterations of rollout, newest last. Each is a dict of tensors (T, E, …): T decisions in E environments.
 
     train scripts store: s, s_next (T, E, S) states; x0, x (T, E, D) the sampled latent x^(0) and the executed x^(K);
-    r, discount, terminated, ended (T, E); cfm_init (T, E) with its draws u (T, E, N) and eps (T, E, N, D). Under torchrun
-    E is a rank's own environments.
+    r, discount, and 1 or 0 for terminated and ended (T, E); cfm_init (T, E) with its draws u (T, E, N) and eps (T, E, N, D). Under torchrun
+    E is a rank's own environments. Raises ValueError for a window below 1.
     """
 
     def __init__(self, window):

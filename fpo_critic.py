@@ -3,6 +3,7 @@
 Implements: Eq. 5 (TD target with the minimum over the target critics), Eq. 6 (squared TD error), the Polyak update,
 the conservative value baseline V(s) and generalized advantage estimation (GAE). Needs torch only.
 
+    import torch; from fpo_critic import QEnsemble, critic_loss, polyak_update, td_target
     critic, target = QEnsemble(21, 24, num_critics=5), QEnsemble(21, 24, num_critics=5)
     target.load_state_dict(critic.state_dict())
     s, x = torch.randn(8, 21), torch.randn(8, 24)
@@ -12,7 +13,7 @@ the conservative value baseline V(s) and generalized advantage estimation (GAE).
 
 One transition is one decision: a latent chunk that ran h' environment steps. Its reward is Σ_{j<h'} γ^j r_{t+j}, its
 bootstrap factor `discount` = γ^h' (D8). A success terminates, and so do physics that
-diverged, with reward 0; a time limit only truncates (D9).
+diverged, with reward 0; a time limit only truncates (D9). `terminated` and `ended` are floats, 1 or 0.
 D1 … D14: README, "What the paper leaves open".
 """
 
@@ -74,12 +75,14 @@ class QEnsemble(nn.Module):
 
 @torch.no_grad()
 def td_target(target, r, discount, terminated, s_next, x_next):
-    """Eq. 5: y = r + γ^h' (1 - terminated) min_i Q_φ̄i(s', x'), x' ~ π_θ(· | s'). All (B,) but s_next (B, S), x_next (B, D)."""
+    """Eq. 5: y = r + γ^h' (1 - terminated) min_i Q_φ̄i(s', x'), x' ~ π_θ(· | s'). s_next: (B, S), x_next: (B, D), the others
+    (B,) -> y: (B,)."""
     return r + discount * (1 - terminated) * target(s_next, x_next).min(0).values
 
 
 def critic_loss(critic, s, x, y, n=None):
-    """Eq. 6: (Q_φi(s, x) - y)², averaged over the batch and summed over the M members. s: (B, S), x: (B, D), y: (B,).
+    """Eq. 6: (Q_φi(s, x) - y)², averaged over the batch and summed over the M members. s: (B, S), x: (B, D), y: (B,)
+    -> a scalar.
 
     n: samples of the whole minibatch, where these are only a part of it (another process has the rest)."""
     return ((critic(s, x) - y).square().sum(1) / (n or len(y))).sum()
@@ -105,12 +108,13 @@ def fresh_value(critic, s, x_fresh):
 
 @torch.no_grad()
 def stored_value(critic, s, x):
-    """V(s) = min_i Q_φi(s, x) with the latent that was executed: the paper's "reuse stored latents" to the letter (D5)."""
+    """V(s) = min_i Q_φi(s, x) with the latent that was executed: the paper's "reuse stored latents" to the letter (D5).
+    s: (B, S), x: (B, D) -> (B,)."""
     return critic(s, x).min(0).values
 
 
 def gae(r, v, v_next, discount, terminated, ended, gae_lambda):
-    """Generalized advantage estimation over decisions (Algorithm 1, line 26). All (T, E): T decisions, E environments.
+    """Generalized advantage estimation over decisions (Algorithm 1, line 26). All, and Â, (T, E): T decisions, E environments.
 
         δ_t = r_t + γ^h' (1 - terminated_t) V(s_{t+1}) - V(s_t),   Â_t = δ_t + γ^h' λ (1 - ended_t) Â_{t+1}
 

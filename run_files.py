@@ -37,12 +37,14 @@ def stop(message, code=2):
 
 
 def set_literal(args):
-    """Set the flags of --literal: D2, D4 and D5 as the paper's words have them. Stop at one that was given another value."""
+    """Set the flags of --literal: D2, D4 and D5 as the paper's words have them. Stop at one that was given another value, the default too."""
     literal = dict(sigma_floor=1e-8, value_latents="stored", self_anchor=0.0, prior_anchor=0.0, velocity_anchor=0.0, drift_limit=0.0,
                    loss_cap=0.0, advantage_limit=0.0, advantage_floor=0.0)  # fmt: skip
     for name, value in literal.items():
-        if getattr(args, name) not in (getattr(type(args), name), value):
-            stop(f"--{name.replace('_', '-')} is {getattr(args, name)}, but --literal sets it to {value}; leave one of the two flags out")
+        flag = f"--{name.replace('_', '-')}"
+        given = any(word.split("=")[0].replace("_", "-") == flag for word in sys.argv[1:])
+        if getattr(args, name) != value and (given or getattr(args, name) != getattr(type(args), name)):
+            stop(f"{flag} is {getattr(args, name)}, but --literal sets it to {value}; leave one of the two flags out")
         setattr(args, name, value)
 
 
@@ -60,6 +62,10 @@ def check_args(args):
     for name in ("total_env_steps", "num_workers", "rollout_decisions", "window", "critic_epochs", "actor_epochs",
                  "flow_steps", "num_draws", "num_critics", "latent_modes", "eval_every", "eval_episodes"):  # fmt: skip
         require(getattr(args, name) > 0, name, "it must be at least 1")
+    require(args.seed < 2**63, "seed", "it must be below 2**63")
+    if args.base == "embedded":
+        for name in ("latent", "latent_modes", "chunk_steps", "compile", "openpi_aloha"):
+            require(getattr(args, name, None) == getattr(type(args), name, None), name, "that is for --base pi0; leave it out, or give that base")
     require(args.minibatch_size >= 2, "minibatch_size", "Eq. 3 needs at least 2 samples")
     for name in ("num_envs", "latent_dim", "chunk_steps"):
         require(getattr(args, name) is None or getattr(args, name) > 0, name, "it must be at least 1, or be left out")
@@ -143,7 +149,7 @@ def load_checkpoint(path, flag, task):
         stop(f"{flag}: {path} is damaged or is not a checkpoint of this project; use another one from the same folder")
     content = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
     if content["task"] != task:
-        stop(f"{flag}: {path} is a checkpoint of task {content['task']}, not of {task}; use the train script of that task")
+        stop(f"{flag}: {path} is a checkpoint of task {content['task']}, not of {task}; use the train script of that task, and for LIBERO its --suite and --task-ids")
     return content
 
 
@@ -307,7 +313,8 @@ def evaluation_columns(result):
     """The eval/ columns of metrics.csv. result: of an evaluation, with success (n,) and length (n,) in control steps."""
     success, length = result["success"], result["length"]
     low, high = wilson(success.sum(), len(success))
-    return {"eval/success": success.mean(), "eval/success_low": low, "eval/success_high": high, "eval/length": length.mean(),
+    strict = {"eval/strict": result["strict"].mean()} if "strict" in result else {}  # ALOHA alone has it
+    return strict | {"eval/success": success.mean(), "eval/success_low": low, "eval/success_high": high, "eval/length": length.mean(),
             "eval/success_length": length[success].mean() if success.any() else "", "eval/episodes": len(success)}  # fmt: skip
 
 
@@ -353,7 +360,7 @@ def write_table(path, rows):
 
 
 def write_suite_table(path, names, covered, final):
-    """Print success by task and policy, as in the paper's Table I, and write it as CSV.
+    """Print success, a row a task and a column a policy, and write it as CSV, a row each. (The paper's Table I has a row a policy.)
 
     names: {task id: name} of all tasks asked for; covered: those that the base was cloned on; final: {policy: dict of success, episodes and
     by_task}, by_task {task id: (successes, episodes)}.

@@ -7,7 +7,8 @@
     torchrun --nproc-per-node 8 train_libero.py --num-envs 256             # several processes or GPUs, one run
 
 A frozen base policy turns noise into an action chunk. The actor π_θ, a small flow, learns which noise to send. Its
-parts stand in fpo_actor.py, fpo_critic.py, fpo_loss.py and fpo_buffer.py; here they are wired together, as in train_aloha.py.
+parts stand in fpo_actor.py, fpo_critic.py, fpo_loss.py and fpo_buffer.py; here they are wired together.
+From "for each iteration" to the checkpoint the lines are those of train_aloha.py.
 D1 … D14: README, "What the paper leaves open".
 """
 
@@ -43,6 +44,7 @@ from run_files import (
 )  # fmt: skip
 
 FRESH_LATENTS = 4  # J of D5
+LATENT_EPISODES = 50  # the evaluation episodes, at least, whose latents go into latents.npz
 
 
 @dataclass
@@ -85,7 +87,7 @@ class Args:
     """β of Eq. 3, sharpness of the ratio"""
     clip_eps: float = 0.2
     """ε of Eq. 4"""
-    no_clip: bool = False
+    no_clip: tyro.conf.FlagCreatePairsOff[bool] = False
     """leave the clip of Eq. 4 out (Table II)"""
     explore_steps: int = 0
     """K of Eq. 7, latent exploration steps in training; 1 needs --explore-grid end (D6)"""
@@ -100,7 +102,7 @@ class Args:
     num_critics: int = 5
     """M, members of the ensemble"""
     tau: float = 0.05
-    """Polyak step of the target critics"""
+    """Polyak step of the target critics; not the τ of Eq. 7"""
     gamma: float = 0.999
     """γ of Eq. 1, an environment step"""
     gae_lambda: float = 0.95
@@ -322,7 +324,7 @@ if __name__ == "__main__":
         return dict(policy=result["policy"], env_steps=result["env_steps"], episodes=len(result["success"]),
                     success=int(result["success"].sum()), by_task=by_task)  # fmt: skip
 
-    latent_episodes = math.ceil(50 / len(covered))  # a task, for latents.npz
+    latent_episodes = math.ceil(LATENT_EPISODES / len(covered))  # a task
     mininterval = 0.5 if sys.stderr.isatty() else 30.0
     start = time.perf_counter()
 
@@ -424,7 +426,7 @@ if __name__ == "__main__":
                 for i in torch.randperm(n, generator=generator, device=device).split(args.minibatch_size):
                     mine, k = ranks.share(i, E)  # which of the minibatch this rank has, and where; without torchrun all, and k is i
                     j = torch.randint(J, (len(i),), generator=generator, device=device)[mine]
-                    y = td_target(target, r[k], discount[k], terminated[k], s_next[k], x_next_fresh[k, j])  # line 19, Eq. 5
+                    y = td_target(target, r[k], discount[k], terminated[k], s_next[k], x_next_fresh[k, j])  # line 19, Eq. 5, (b,)
                     loss_critic = critic_loss(critic, s[k], x[k], y, len(i))  # line 20, Eq. 6
                     critic_optimizer.zero_grad()
                     loss_critic.backward()
@@ -434,7 +436,7 @@ if __name__ == "__main__":
                     losses_critic.append(loss_critic.detach())
 
             # line 26: V and GAE on whole trajectories, one iteration of the window after the other
-            v, v_next = fresh_value(critic, s, x_fresh), fresh_value(critic, s_next, x_next_fresh)
+            v, v_next = fresh_value(critic, s, x_fresh), fresh_value(critic, s_next, x_next_fresh)  # (W T m,) each
             if args.value_latents == "stored":  # D5: V(s_t) = Q(s_t, x_t), with a fresh latent only where none is stored
                 v = stored_value(critic, s, x)
             adv = []
@@ -446,7 +448,8 @@ if __name__ == "__main__":
             # (n,), of all ranks, from here on: Eq. 3 and the advantages are standardised over whole minibatches
             adv, v, cfm_init, age = (ranks.whole(c.view(-1, m), own, E).flatten()
                                      for c in (torch.cat(adv), v, buffer.flat("cfm_init"), buffer.age().to(device)))  # fmt: skip
-            explained_variance = 1 - adv.var() / (adv + v).var().clamp_min(1e-8)
+            return_variance = (adv + v).var()
+            explained_variance = (1 - adv.var() / return_variance).item() if return_variance > 1e-8 else ""  # "": nothing to explain yet
             if args.shuffle_advantages:
                 adv = adv[torch.randperm(n, generator=generator, device=device)]
 
@@ -459,13 +462,14 @@ if __name__ == "__main__":
                     if stopped or len(i) < 2:
                         break
                     mine, k = ranks.share(i, E)
-                    cfm, departure = actor.cfm_loss(x[k], s[k], u[k], eps[k], with_departure=True)  # line 23, ℓ_cfm(x | s; θ)
+                    cfm, departure = actor.cfm_loss(x[k], s[k], u[k], eps[k], with_departure=True)  # line 23, ℓ_cfm(x | s; θ): (b,)
                     cfm_anchor = cfm_prior = cfm  # where there is no other
                     if args.self_anchor > 0 and args.explore_steps > 0:  # D6: the self-anchor is on x^(0), not on x^(K)
                         cfm_anchor = actor.cfm_loss(x0[k], s[k], u[k], eps[k])
                     if args.prior_anchor > 0:
                         x_prior = torch.randn(len(i), D, generator=generator, device=device)[mine]
                         cfm_prior = actor.cfm_loss(x_prior, s[k], u[k], eps[k])
+                    # (B,) from here on: the minibatch of all ranks, of which b samples are ours
                     cfm, departure, cfm_anchor, cfm_prior = ranks.whole(torch.stack([cfm, departure, cfm_anchor, cfm_prior]), mine, len(i))
                     loss_actor, info = fpo_loss(  # lines 23-25 and 27: Eq. 2, 3, 4
                         cfm, cfm_init[i], adv[i], args.beta, args.clip_eps, sigma_floor, args.ratio, age[i], clip=not args.no_clip,
@@ -484,8 +488,8 @@ if __name__ == "__main__":
                     torch.nn.utils.clip_grad_norm_(actor.parameters(), 1.0)  # the paper names no limit
                     actor_optimizer.step()
                     actor_steps += 1
-            loss_critic = sum(ranks.gathered(torch.stack(losses_critic).mean().item()))
-            if not (math.isfinite(loss_critic) and all(torch.isfinite(info["actor"]) for info in infos)):
+            critic_mean = sum(ranks.gathered(torch.stack(losses_critic).mean().item()))  # of the iteration
+            if not (math.isfinite(critic_mean) and all(torch.isfinite(info["actor"]) for info in infos)):
                 stop(f"a loss became NaN or infinite in iteration {iteration}; the last good checkpoint is {folder / 'last.pt'}. "
                      "Start a new run with a lower --actor-lr or --critic-lr, or with --drift-limit 0.05", code=1)  # fmt: skip
             update_seconds = time.perf_counter() - clock
@@ -503,8 +507,8 @@ if __name__ == "__main__":
                    "charts/return": mean(returns), "charts/episode_length": mean(lengths),
                    "charts/success_length": mean([length for length, success in zip(lengths, successes) if success]),
                    "charts/SPS": (env_steps - steps_before) / (rollout_seconds + update_seconds), "charts/rollout_seconds": rollout_seconds,
-                   "charts/update_seconds": update_seconds, "losses/critic": loss_critic / args.num_critics, "losses/actor_steps": actor_steps,
-                   "critic/explained_variance": explained_variance.item(), "critic/advantage_std": adv.std().item(),
+                   "charts/update_seconds": update_seconds, "losses/critic": critic_mean / args.num_critics, "losses/actor_steps": actor_steps,
+                   "critic/explained_variance": explained_variance, "critic/advantage_std": adv.std().item(),
                    "critic/q_mean": q_mean, "critic/q_spread": q_spread, "latent/explore_shift": explore_shift,
                    "latent/norm": executed.norm(dim=-1).mean().item(), "latent/std": executed.flatten(0, 1).std(0).mean().item(),
                    "latent/mean_abs": executed.mean((0, 1)).abs().mean().item()}  # fmt: skip
@@ -528,7 +532,7 @@ if __name__ == "__main__":
             if due:
                 save(f"step{env_steps:08d}.pt")
 
-        # ---- the result, laid out as Table I: a column a policy, the same initial states in each ----
+        # ---- the result: a row a task, a column a policy, the same initial states in each ----
         if "tuned" in results and "base" not in results:  # a resumed run has not played the base itself
             results["base"] = evaluate("base", args.eval_episodes, record=args.video, log=False)
         if RANK > 0:
@@ -542,7 +546,7 @@ if __name__ == "__main__":
             for kind, members in compare(before, after).items():
                 filmed = [i for i in members if len(before["frames"][i]) and len(after["frames"][i])] if args.video else []
                 for i in filmed[:1]:  # Fig. 4a, 6: base left, tuned right, from the same initial state
-                    film = folder / f"{kind}_task{before['task_id'][i]}_episode{before['episode'][i]}.mp4"
+                    film = folder / f"{kind}_task{before['task_id'][i]}_episode{before['episode'][i]}.mp4"  # every other frame: 10 a second
                     pictures = workers.render([before["task_id"][i]] * 2, [before["frames"][i][::2], after["frames"][i][::2]])
                     write_side_by_side(film, pictures, env_libero.FPS / 2)
                     print(f"{kind}, base | tuned: {film}")

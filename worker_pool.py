@@ -1,7 +1,8 @@
 """Simulator processes: a pool that survives a worker's death, because its jobs are pure functions.
 
-    pool = WorkerPool(2, Simulator)                    # each process builds its own Simulator()
-    results = pool.map(Simulator.reset, poses)         # simulator.reset(pose) for every pose, in order
+    if __name__ == "__main__":                             # the processes import the script that starts them
+        pool = WorkerPool(2, Simulator)                    # each process builds its own Simulator()
+        results = pool.map(Simulator.reset, poses)         # simulator.reset(pose) for every pose, in order
 
 A job must not depend on what the process did before. Then a dead worker's job is simply done again elsewhere.
 """
@@ -75,7 +76,8 @@ class WorkerPool:
         if lost and (not may_lose or lost == len(results) > 1):
             raise ChildProcessError(
                 f"{lost} of {len(results)} jobs killed their simulator process twice, or kept it silent for {self.timeout:g} s each time "
-                "(--worker-timeout); run env_aloha.py or env_libero.py alone to see whether the simulator works here"
+                "(--worker-timeout); run env_aloha.py or env_libero.py alone to see whether the simulator works here, "
+                'and give a script of your own `if __name__ == "__main__":`'
             )
         return results
 

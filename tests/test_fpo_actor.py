@@ -130,6 +130,11 @@ def test_explore_is_eq_7(grid, taus):
     torch.testing.assert_close(actor.explore(x, s, 0, 0.05, grid), x)
 
 
+def test_an_unknown_grid_is_refused():
+    with pytest.raises(ValueError, match="'mid'"):
+        FlowActor(3, 2).explore(torch.zeros(1, 2), torch.zeros(1, 3), 1, 0.05, "mid")
+
+
 def test_explore_on_the_gaussian_field():
     """D6: the midpoint grid keeps the norm of N(0, I), K = 1 does nothing there, the end grid inflates it by 1 + η."""
     actor, s, x = FlowActor(3, 50), torch.randn(2000, 3), torch.randn(2000, 50)

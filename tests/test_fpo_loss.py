@@ -63,6 +63,16 @@ def test_an_unknown_ratio_is_refused():
         ratio_from_cfm(torch.zeros(2), beta=0.2, sigma_floor=0.02, ratio="raws")
 
 
+def test_wrong_shapes_and_missing_anchors_are_refused():
+    """A column of advantages would silently make a (B, B) surrogate."""
+    cfm, adv = torch.rand(4), torch.randn(4)
+    with pytest.raises(ValueError, match=r"\(4, 1\)"):
+        fpo_loss(cfm, cfm, adv[:, None], beta=0.2, clip_eps=0.2, sigma_floor=0.02)
+    for anchor in ("velocity_anchor", "prior_anchor"):
+        with pytest.raises(ValueError, match=anchor):
+            fpo_loss(cfm, cfm, adv, beta=0.2, clip_eps=0.2, sigma_floor=0.02, **{anchor: 0.1})
+
+
 def test_ages_are_standardised_apart():
     """D10: an offset between the iterations of the window leaves no trace in z."""
     age = torch.tensor([0, 1]).repeat_interleave(30)

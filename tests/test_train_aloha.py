@@ -179,10 +179,14 @@ def test_eval_only_prints_the_same_success_as_the_run(finished):
     (["--eval-only", "--checkpoint", "runs/whole/last.pt", "--latent-dim", "12"], ["steers 24 latent dimensions and not 12", "--latent-dim"]),
     (["--eval-only", "--checkpoint", "runs/whole/last.pt", "--flow-steps", "4"], ["trained with --flow-steps 8"]),
     (["--literal", "--self-anchor", "0.5"], ["--self-anchor is 0.5", "--literal sets it to 0.0"]),
+    (["--literal", "--self-anchor", "1.0"], ["--self-anchor is 1.0", "--literal sets it to 0.0"]),
+    (["--seed", str(2**63)], [f"--seed is {2**63}", "below 2**63"]),
+    (["--latent", "full"], ["--latent is full", "--base pi0"]),
+    (["--chunk-steps", "3"], ["--chunk-steps is 3", "--base pi0"]),
     (["--explore-steps", "1"], ["--explore-steps is 1", "--explore-grid end"]),
     (["--eval-only", "--video"], ["--video", "--checkpoint"]),
     (["--base", "pi0", "--eval-only", "--weights", "one", "--checkpoint", "two"], ["--checkpoint is two", "--weights one", "leave one out"]),
-    (["--weights", "nowhere.safetensors"], ["--weights", "nowhere.safetensors", "--task aloha"]),
+    (["--weights", "nowhere.safetensors"], ["--weights", "nowhere.safetensors", "clone_base.py"]),
     (["--weights", "truncated.safetensors"], ["--weights", "truncated"]),
     (["--resume", "runs/nothing"], ["--resume is runs/nothing", "no run"]),
     (["--resume", "runs/whole", "--beta", "0.3"], ["--beta", "leave that flag out"]),
@@ -281,7 +285,6 @@ def test_usage_example_runs_in_an_empty_folder(component, tmp_path):
     scope = {}
     exec(compile((ROOT / f"{component}.py").read_text(), component, "exec"), scope)
     example = "\n".join(line[4:] for line in scope["__doc__"].splitlines() if line.startswith("    ") and "∇" not in line)
-    script = f"import torch\nfrom {component} import *\n{example}"
     assert len(example.splitlines()) >= 4
-    result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
+    result = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
     assert result.returncode == 0, result.stderr

@@ -99,7 +99,7 @@ def test_two_iterations_of_a_suite_and_its_table(tmp_path):
     (["--eval-episodes", "51"], ["--eval-episodes is 51", "50"]),
     (["--num-envs", "0"], ["--num-envs is 0", "at least 1"]),
     (["--suite", "libero_goal", "--num-envs", "5"], ["--num-envs is 5", "6 tasks"]),
-    (["--eval-only", "--checkpoint", "aloha.pt"], ["task aloha"]),
+    (["--eval-only", "--checkpoint", "aloha.pt"], ["task aloha", "--suite"]),
     (["--resume", "runs/nothing"], ["--resume is runs/nothing", "no run"]),
 ])  # fmt: skip
 def test_bad_input_gets_one_sentence_and_touches_nothing(tmp_path, flags, words):
