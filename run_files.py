@@ -313,8 +313,7 @@ def evaluation_columns(result):
     """The eval/ columns of metrics.csv. result: of an evaluation, with success (n,) and length (n,) in control steps."""
     success, length = result["success"], result["length"]
     low, high = wilson(success.sum(), len(success))
-    strict = {"eval/strict": result["strict"].mean()} if "strict" in result else {}  # ALOHA alone has it
-    return strict | {"eval/success": success.mean(), "eval/success_low": low, "eval/success_high": high, "eval/length": length.mean(),
+    return {"eval/success": success.mean(), "eval/success_low": low, "eval/success_high": high, "eval/length": length.mean(),
             "eval/success_length": length[success].mean() if success.any() else "", "eval/episodes": len(success)}  # fmt: skip
 
 

@@ -495,7 +495,7 @@ if __name__ == "__main__":
             if due:
                 result = evaluate("tuned", args.eval_episodes if last else max(1, args.eval_episodes // 2), record=args.video and last)
                 evaluations.append(e := summary(result))
-                row.update(evaluation_columns(result))
+                row.update(evaluation_columns(result) | {"eval/strict": e["strict"] / e["episodes"]})
                 results["tuned"] = result
             if due and RANK == 0:
                 logs.latents.add(result, np.flatnonzero(result["episode"] < LATENT_EPISODES))

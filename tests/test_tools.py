@@ -1,5 +1,6 @@
 """The demonstrator and behaviour cloning, on the real simulator, and their bad input."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -145,6 +146,20 @@ def test_pictures_of_a_finished_run(tmp_path):
     assert "Mahalanobis distance" in table and "silhouette" in table and "nan" not in table.replace(",nan,nan,", "")
 
 
+def test_bootstrap_against_another_library():
+    """The basic interval of a variance, one latent an episode, as scipy has it; and the same with every episode's latent twice."""
+    from plots import bootstrap
+    from scipy import stats
+
+    x, episode, rng = np.random.default_rng(0).exponential(size=(40, 1)), np.arange(40), np.random.default_rng(1)
+    variance = lambda g: g[0].var(0).mean()
+    expected = stats.bootstrap((x[:, 0],), np.var, method="basic", n_resamples=9999, random_state=2).confidence_interval
+    for group in ((x, episode), (np.repeat(x, 2, 0), np.repeat(episode, 2))):
+        value, low, high = bootstrap(variance, group, rng)
+        assert value == pytest.approx(x.var()) and (low, high) == pytest.approx(tuple(expected), abs=0.15)
+    assert np.isnan(bootstrap(variance, (x[:4], episode[:4]), rng)[1:]).all()
+
+
 def test_autocorrelation_of_a_known_process():
     """x_t = 0.6 x_(t-1) + noise has correlation 0.6^lag, whatever mean every decision number has; episodes end at different times."""
     from plots import LAGS, autocorrelation
@@ -210,6 +225,19 @@ def test_the_rank_test_against_every_ordering():
     assert rank_test([1.0, 2.0, 3.0], [4.0, 5.0, 6.0]) == "0.1"  # 2 of 20
 
 
+def test_the_queue_knows_a_run_that_has_ended(tmp_path):
+    """A finished folder is played again where no table has it; an interrupted one goes on."""
+    from run_ablations import ended
+
+    assert not ended(tmp_path)
+    (tmp_path / "args.json").write_text('{"args": {"total_env_steps": 500}}')
+    assert not ended(tmp_path)
+    (tmp_path / "metrics.csv").write_text("iteration,charts/env_steps\n1,320\n")
+    assert not ended(tmp_path)
+    (tmp_path / "metrics.csv").write_text("iteration,charts/env_steps\n1,320\n2,640\n")
+    assert ended(tmp_path)
+
+
 def test_the_queue_lists_its_commands():
     result = tool("run_ablations", ROOT, "--list", "--rows", "aloha_no_clip", "--seeds", 2)
     assert result.returncode == 0 and len(result.stdout.splitlines()) == 2
@@ -218,17 +246,24 @@ def test_the_queue_lists_its_commands():
 
 @pytest.mark.parametrize("name, flags, words", [
     ("run_ablations", ["--rows", "aloha_everything"], ["--rows has aloha_everything", "aloha_complete"]),
+    ("run_ablations", ["--out", "."], ["--out is .", "a folder"]),
     ("check_monotonicity", ["--samples", "0"], ["--samples is 0"]),
+    ("check_monotonicity", ["--samples", "321"], ["--samples is 321", "320"]),
+    ("check_monotonicity", ["--runs", "--out", "junk.npz"], ["--out is junk.npz", "folder"]),
     ("check_monotonicity", ["--runs", "magic"], ["--runs has magic"]),
     ("fault_campaign", ["--only", "an earthquake"], ["--only is 'an earthquake'", "a full disk"]),
     ("fault_campaign", ["--tries", "0"], ["--tries is 0"]),
     ("train_cloning", ["--updates", "0"], ["--updates is 0"]),
+    ("train_cloning", ["--seed", str(2**64)], ["--seed is", "2**63"]),
+    ("train_sac", ["--bound", "1"], ["--target-entropy is 0.7", "--bound 1.0"]),
+    ("watch_memory", [str(os.getpid()), "nofolder/x.csv"], ["a file to write"]),
     ("train_sac", ["--tau", "2"], ["--tau is 2"]),
     ("train_sac", ["--bound", "0"], ["--bound is 0"]),
     ("plots", ["--latents", "nowhere", "--out", "."], ["--latents", "nowhere"]),
     ("plots", ["--exploration", "nowhere", "--out", "."], ["--exploration", "nowhere"]),
     ("plots", ["--exploration", str(ROOT / "results" / "aloha" / "seed1"), "--out", "."], ["has no perturbations", "--explore-steps"]),
     ("plots", ["--strip", "nowhere", "--out", "."], ["--strip is nowhere"]),
+    ("plots", ["--strip", "nowhere", "--out", "junk.npz"], ["--out is junk.npz", "folder"]),
     ("demo_aloha", ["--num-demos", "0"], ["--num-demos is 0"]),
     ("demo_aloha", ["--top-down-share", "1.5"], ["--top-down-share is 1.5"]),
     ("demo_aloha", ["--share-limits", "0.9", "0.1"], ["--share-limits is 0.9 0.1"]),

@@ -25,7 +25,7 @@ import tyro
 import env_libero
 import mujoco
 from demo_libero import Demonstrator
-from env_libero import Simulator, Workers, official, parse_task_ids, placed, quiet, suite
+from env_libero import Simulator, Workers, official, parse_task_ids, placed, quiet, rendering_available, suite
 from run_files import stop
 
 
@@ -92,7 +92,7 @@ def one_task(args, k):
         start = time.perf_counter()
         for action in actions[:20]:
             stock.step(action)
-        times["stock"] = (time.perf_counter() - start) / 20
+        times["stock"] = (time.perf_counter() - start) / len(actions[:20])
     return {name: 1000 * value for name, value in times.items()}
 
 
@@ -101,6 +101,8 @@ if __name__ == "__main__":
     for name in ("steps", "repeats", "num_workers"):
         if getattr(args, name) < 1:
             stop(f"--{name.replace('_', '-')} is {getattr(args, name)}; give at least 1")
+    if not rendering_available():
+        stop("LIBERO needs OpenGL even without pictures, and EGL was not found; install it (Debian: apt-get install libegl1 libgl1)")
     try:
         task_ids = parse_task_ids(args.suite, args.task_ids or ("56" if args.suite == "libero_90" else "all"))
     except ValueError as error:

@@ -35,13 +35,14 @@ from run_files import load_checkpoint, stop, write_atomically
 
 RUNS = dict(defaults=[], no_stabilisers=["--self-anchor", "0", "--velocity-anchor", "0"], literal=["--literal"])
 MANY_DRAWS = 256
+LATENTS = 320  # of an iteration of train_aloha.py: 32 environments, 10 decisions each
 COLUMNS = "env_steps spearman spearman_many_draws slope delta_std log_ratio_std cfm_loss".split()
 
 
 @dataclass
 class Args:
     runs: tuple[str, ...] = ("defaults", "no_stabilisers")
-    """which of: defaults, no_stabilisers, literal"""
+    """which of: defaults, no_stabilisers, literal; none: only draw the picture again, of the tables in --out"""
     seed: int = 1
     """seed of the runs"""
     total_env_steps: int = 400_000
@@ -49,7 +50,7 @@ class Args:
     every: int = 1
     """look at every so many iterations"""
     samples: int = 128
-    """latents an iteration"""
+    """latents an iteration, of the 320 that it has"""
     ode_steps: int = 32
     """Runge-Kutta steps of the flow; 32 give log π to 1e-3, 16 to 0.04"""
     out: Path = ROOT / "results" / "monotonicity"
@@ -136,6 +137,7 @@ def draw(tables, path, title):
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "the same file every time"
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2), dpi=150)
@@ -155,7 +157,7 @@ def draw(tables, path, title):
     figure.suptitle(title, fontsize=9)
     figure.tight_layout()
     for suffix in (".png", ".svg"):
-        figure.savefig(path.with_suffix(suffix))
+        figure.savefig(path.with_suffix(suffix), metadata={"Date": None} if suffix == ".svg" else None)
 
 
 if __name__ == "__main__":
@@ -166,7 +168,12 @@ if __name__ == "__main__":
     for name, least in (("total_env_steps", 1), ("every", 1), ("samples", 3), ("ode_steps", 1)):
         if getattr(args, name) < least:
             stop(f"--{name.replace('_', '-')} is {getattr(args, name)}; give at least {least}")
-    args.out.mkdir(parents=True, exist_ok=True)
+    if args.samples > LATENTS:
+        stop(f"--samples is {args.samples}, and an iteration has {LATENTS} latents; give at most that")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        stop(f"--out is {args.out}, which cannot be made a folder ({error.strerror}); give another one")
     for name in args.runs:
         run_name = f"monotonicity_{name}_seed{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         print(f"train {name}: runs/{run_name}", flush=True)
@@ -190,4 +197,4 @@ if __name__ == "__main__":
             print(f"{name:16} {key:20} median {np.median(values):6.3f}   5 to 95 %: {np.quantile(values, 0.05):6.3f} to {np.quantile(values, 0.95):6.3f}")
     tables = {name: args.out / f"{name}_seed{args.seed}.csv" for name in RUNS}  # earlier ones too
     draw({name: list(csv.DictReader(path.open())) for name, path in tables.items() if path.exists()}, args.out / f"seed{args.seed}",
-         f"ALOHA, seed {args.seed}, a point an update: {args.samples} latents of its rollout")  # fmt: skip
+         f"ALOHA, seed {args.seed}, a point an update, over latents of its rollout")  # fmt: skip

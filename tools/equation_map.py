@@ -12,7 +12,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from run_files import write_atomically
+import tyro
+
+from run_files import stop, write_atomically
 
 ENTRIES = [  # what the paper calls it, file, code
     ("Eq. 1, return of an episode", "train_aloha.py", "episode_return = success"),
@@ -43,10 +45,12 @@ ENTRIES = [  # what the paper calls it, file, code
 ]
 
 if __name__ == "__main__":
+    tyro.cli(lambda: None, description=__doc__)  # no flags but --help
     rows = ["| | where | |", "|---|---|---|"]
     for name, file, code in ENTRIES:
         numbers = [i for i, line in enumerate((ROOT / file).read_text().splitlines(), 1) if code in line]
-        assert len(numbers) == 1, f"{code!r} stands in the lines {numbers} of {file}, and should in one"
+        if len(numbers) != 1:
+            stop(f"{code!r} stands in the lines {numbers} of {file}, and should in one; mend ENTRIES", code=1)
         rows.append(f"| {name} | [{file}:{numbers[0]}]({file}#L{numbers[0]}) | `{code}` |")
     readme = ROOT / "README.md"
     text = re.sub(r"\| \| where \| \|\n.*?\n\n", lambda _: "\n".join(rows) + "\n\n", readme.read_text(), count=1, flags=re.S)

@@ -70,7 +70,7 @@ class Run:
             self.family |= {p.pid: p for p in psutil.Process(self.process.pid).children(recursive=True)}
         except psutil.NoSuchProcess:
             pass
-        return [p for p in self.family.values() if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+        return [p for p in self.family.values() if alive(p)]
 
     def wait_until(self, condition, seconds=120):
         """Look often until the condition holds or the run ends. -> whether it held"""
@@ -106,6 +106,21 @@ class Run:
     def iterations(self):
         path = self.path / "metrics.csv"
         return len(path.read_text().splitlines()) - 1 if path.exists() else 0
+
+
+def alive(process):
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def command_of(process):
+    """Its command line; empty for one that has just ended."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:  # a zombie too
+        return ""
 
 
 def table_of(path):
@@ -158,9 +173,9 @@ def kill_parent(folder, name, moment, whole, rng):
 
 def kill_worker(folder, name, moment, whole, rng, sign=signal.SIGKILL):
     run = Run(folder, name)
-    run.wait_until(lambda: any("spawn_main" in " ".join(p.cmdline()) for p in run.descendants()))
+    run.wait_until(lambda: any("spawn_main" in command_of(p) for p in run.descendants()))
     struck(run, moment)
-    workers = [p for p in run.descendants() if "spawn_main" in " ".join(p.cmdline())]
+    workers = [p for p in run.descendants() if "spawn_main" in command_of(p)]
     workers[rng.integers(len(workers))].send_signal(sign)
     assert run.finish() == 0, run.said()[-300:]
     assert_same(whole, run.path)
@@ -172,7 +187,7 @@ def hang_worker(*arguments):
 
 def kill_rank(folder, name, moment, whole, rng):
     run = Run(folder, name, launcher=TORCHRUN)
-    ranks = lambda: [p for p in psutil.Process(run.process.pid).children() if "train_aloha" in " ".join(p.cmdline())]
+    ranks = lambda: [p for p in psutil.Process(run.process.pid).children() if "train_aloha" in command_of(p)]
     run.wait_until(ranks)
     struck(run, moment)  # before its first checkpoint too
     alive = ranks()

@@ -31,7 +31,7 @@ import tyro
 from sklearn.covariance import ledoit_wolf
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
-from sklearn.metrics import silhouette_score
+from sklearn.metrics import silhouette_samples
 
 from results import COLORS, TABLE_2, evaluations, on_common_states, t_half, training_curves
 from run_files import load_checkpoint, stop, write_atomically
@@ -220,12 +220,15 @@ def read_latents(folder, flag):
 
 def dispersion(x):
     """Mean distance of the latents from their centroid, and mean variance of a dimension."""
-    return np.linalg.norm(x - x.mean(0), axis=1).mean(), x.var(0).mean()
+    return np.linalg.norm(x - x.mean(0), axis=1).mean(), x.var(0, ddof=1).mean()
 
 
 def bootstrap(statistic, group, rng):
     """A statistic of a group and its 95 % interval, episodes resampled whole. -> (value, low, high), no interval (NaN) for fewer than
-    LEAST episodes. group: arrays of n rows, of which the second has the episodes' numbers"""
+    LEAST episodes. group: arrays of n rows, of which the second has the episodes' numbers.
+
+    The basic interval, 2 v - quantile: a resample is to the sample as that is to the truth, also where it is biased, as a variance is.
+    """
     _, episode, *_ = group
     rows = [np.flatnonzero(episode == e) for e in np.unique(episode)]
     if len(rows) < LEAST:
@@ -236,7 +239,7 @@ def bootstrap(statistic, group, rng):
         i = np.concatenate(drawn)
         number = np.repeat(np.arange(len(drawn)), [len(d) for d in drawn])  # an episode drawn twice is two episodes
         values.append(statistic((group[0][i], number, *(column[i] for column in group[2:]))))
-    return statistic(group), *np.nanquantile(values, [0.025, 0.975], axis=0)
+    return statistic(group), *(2 * statistic(group) - np.nanquantile(values, [0.975, 0.025], axis=0))
 
 
 def draw_evolution(out, name, latents):
@@ -245,7 +248,8 @@ def draw_evolution(out, name, latents):
     groups = [latents.group(latents.step == step) for step in steps]
     rng = np.random.default_rng(0)
     shown = [rng.permutation(len(group[0]))[:POINTS] for group in groups]
-    flat = TSNE(random_state=0, perplexity=30).fit_transform(np.concatenate([group[0][i] for group, i in zip(groups, shown)]))
+    together = np.concatenate([group[0][i] for group, i in zip(groups, shown)])
+    flat = TSNE(random_state=0, perplexity=min(30, len(together) // 4)).fit_transform(together)
     parts = np.split(flat, np.cumsum([len(i) for i in shown])[:-1])
     figure, panels = plt.subplots(1, 4, figsize=(11, 2.9))
     for panel, part, step, color in zip(panels, parts, steps, (BLUE, RED, GREEN)):
@@ -288,7 +292,7 @@ def statistics(groups, success, rng):
     measures = {
         "norm of a latent": lambda g: np.linalg.norm(g[0], axis=1).mean(),
         "spread of the norm (std)": lambda g: np.linalg.norm(g[0], axis=1).std(),
-        "variance of a dimension": lambda g: g[0].var(0).mean(),
+        "variance of a dimension": lambda g: g[0].var(0, ddof=1).mean(),
         "Mahalanobis distance to the success centroid": mahalanobis,
         "difference of consecutive latents": temporal,
     }
@@ -302,11 +306,9 @@ def statistics(groups, success, rng):
             measured = tuple(column[outside] for column in group) if statistic is mahalanobis else group
             if len(measured[0]):
                 rows.append((name, measure, *bootstrap(statistic, measured, rng), len(np.unique(measured[1])), len(measured[0])))
-        others = [g for other, g in groups.items() if other != name]
-        chosen = lambda g: rng.permutation(len(g[0]))[:POINTS]
-        parts = [group[0][chosen(group)]] + [g[0][chosen(g)] for g in others]
-        labels = np.repeat([1, 0], [len(parts[0]), sum(map(len, parts[1:]))])
-        rows.append((name, "silhouette against the other groups", silhouette_score(np.concatenate(parts), labels), np.nan, np.nan, len(np.unique(group[1])), len(group[0])))
+        others = np.concatenate([g[0] for other, g in groups.items() if other != name])
+        own = silhouette_samples(np.concatenate([group[0], others]), np.repeat([1, 0], [len(group[0]), len(others)]))[: len(group[0])].mean()
+        rows.append((name, "silhouette against the other groups", own, np.nan, np.nan, len(np.unique(group[1])), len(group[0])))
     return rows
 
 
@@ -366,7 +368,7 @@ def latent_pictures(out, folder):
         "norm of a latent": (False, lambda g: np.linalg.norm(g[0], axis=1).mean()),
         "norm of the mean shift from the noise": (True, lambda g: np.linalg.norm(g[0].mean(0))),
         "largest component of the mean shift": (True, lambda g: np.abs(g[0].mean(0)).max()),
-        "variance of a dimension": (False, lambda g: g[0].var(0).mean()),
+        "variance of a dimension": (False, lambda g: g[0].var(0, ddof=1).mean()),
     }
     for key, chosen in (("first decisions", opening), ("later decisions", ~opening)):
         whole = latents.group((latents.step == end) & chosen)
@@ -440,8 +442,9 @@ def draw_strip(out, folder, columns=6):
         flags = json.loads((folder / "args.json").read_text())["args"]
         with open(folder / "eval.csv", newline="") as file:
             episodes = list(csv.DictReader(file))
-    except OSError as error:
-        stop(f"--strip is {folder}, which is no run folder ({error.strerror}); give runs/<name>")
+        flags["weights"], flags["latent_dim"], flags["flow_steps"], episodes[0]
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        stop(f"--strip is {folder}, which is no run folder with an evaluation ({type(error).__name__}: {error}); give runs/<name>")
     aloha = "suite" not in flags
     task = "aloha" if aloha else f"libero_90_task{flags['task_ids']}" if flags["suite"] == "libero_90" else flags["suite"]
     checkpoints = sorted(folder.glob("step*.pt"))
@@ -516,7 +519,10 @@ if __name__ == "__main__":
     if args.out is None and (args.strip or (args.latents, args.exploration) != (Args.latents, Args.exploration)):
         stop("--out is missing: the pictures of other runs would replace those of results/figures; give a folder for them")
     args.out = args.out or ROOT / "results" / "figures"
-    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        stop(f"--out is {args.out}, which cannot be made a folder ({error.strerror}); give another one")
     if args.strip:
         for folder in args.strip:
             draw_strip(args.out, folder)

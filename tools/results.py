@@ -17,6 +17,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+import tyro
 from scipy import stats
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -342,6 +343,7 @@ def draw_curve(folder, seeds, title, papers, paper_label):
 
 
 if __name__ == "__main__":
+    tyro.cli(lambda: None, description=__doc__)  # no flags but --help
     for name, counted, prefix, title, papers, paper_label in PICTURES:
         folder = ROOT / "results" / name
         runs = {path.parent.name: evaluations(path) for path in sorted(folder.glob(f"{counted}*/eval.csv"))}

@@ -6,18 +6,22 @@
 
 A run that has ended is one block of lines in results/ablations/runs.csv, a line an evaluation, and is not run again; its curve goes into
 runs_curves.csv beside that. One that was interrupted (Ctrl-C, power) goes on from its last iteration at the next call; train_sac.py and
-train_cloning.py start anew. Run folders are in runs/ablations/, with another --out in runs/ablations_<its name>/.
+train_cloning.py start anew. Run folders are in runs/ablations/, with another --out in runs/ablations_<its name and a number of its path>/;
+one that has ended, but stands in no --out, is of a file that is gone, and is played again.
 Two runs go side by side, each on its half of the cores: on two cores that is faster than one run after the other on both.
 """
 
 import csv
 import io
+import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,10 +137,20 @@ def evaluations(folder):
         yield dict(known, policy=policy, env_steps=env_steps, successes=successes, episodes=episodes)
 
 
+def ended(folder):
+    """Whether a run has taken all its steps. folder: of a train script."""
+    try:
+        total = json.loads((folder / "args.json").read_text())["args"]["total_env_steps"]
+    except (OSError, ValueError, KeyError):
+        return False
+    metrics = read_table(folder / "metrics.csv")
+    return bool(metrics) and int(metrics[-1]["charts/env_steps"]) >= total
+
+
 def run(row, seed, folder):
     """One run from its start, or from where it was interrupted. folder: below runs/. -> (exit code, the end of what it printed)."""
     name, command = folder.relative_to(ROOT / "runs").as_posix(), ROWS[row][1].split()
-    if folder.exists() and command[0] in RESUMED and (folder / "last.pt").exists():
+    if command[0] in RESUMED and (folder / "last.pt").exists() and not ended(folder):
         command = [command[0], "--resume", str(folder)]
     else:
         shutil.rmtree(folder, ignore_errors=True)  # of this queue, and without a checkpoint to go on from
@@ -156,7 +170,9 @@ if __name__ == "__main__":
         stop(f"--at-once is {args.at_once}; give a number from 1 to {len(CORES)}, the cores of this machine")
     queue = [(row, seed) for seed in range(1, 6) for row in args.rows if seed <= min(ROWS[row][0], args.seeds or 5)]
     # another --out has run folders of its own: the rows are played again, and those of this repository stay
-    runs = ROOT / "runs" / ("ablations" if args.out.resolve() == Args.out else f"ablations_{args.out.stem}")
+    runs = ROOT / "runs" / ("ablations" if args.out.resolve() == Args.out else f"ablations_{args.out.stem}_{zlib.crc32(bytes(args.out.resolve())):08x}")
+    if args.out.is_dir() or any("row" not in line or "seed" not in line for line in read_table(args.out)):
+        stop(f"--out is {args.out}, which is a folder or a file of something else; give a file of this tool, or a new one")
     curves_out = args.out.with_name(f"{args.out.stem}_curves.csv")
     lines, curves = read_table(args.out), read_table(curves_out)
     done = {(line["row"], int(line["seed"])) for line in lines}
@@ -211,7 +227,7 @@ if __name__ == "__main__":
         for thread in lanes:
             thread.join()
     if interrupted:
-        print("\nstopped. To go on: python tools/run_ablations.py", file=sys.stderr)
+        print(f"\nstopped. To go on: python {shlex.join(sys.argv)}", file=sys.stderr)
         raise SystemExit(130)
     if failed:
         stop(f"{len(failed)} runs failed; their last lines are above, and the next call tries them again", code=1)

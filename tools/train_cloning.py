@@ -74,8 +74,8 @@ if __name__ == "__main__":
                  "num_draws", "eval_every", "eval_episodes"):  # fmt: skip
         if not 0 < getattr(args, name) < math.inf:
             stop(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be positive and finite")
-    if args.seed < 0:
-        stop(f"--seed is {args.seed}; it must not be negative")
+    if not 0 <= args.seed < 2**63:
+        stop(f"--seed is {args.seed}; it must lie between 0 and 2**63")
     if args.device == "cuda" and not torch.cuda.is_available():
         stop("--device is cuda, but torch finds no CUDA device here; use --device cpu or --device auto")
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
@@ -175,6 +175,8 @@ if __name__ == "__main__":
             metrics_log.write(row)
         print(f"\ncloning on {args.task}, seed {args.seed}, {env_steps:,} environment steps, {(time.perf_counter() - start) / 60:.1f} minutes, files in {folder}")
         compare(before, after)
+    except ChildProcessError as error:
+        stop(str(error), code=1)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         raise SystemExit(130) from None

@@ -121,6 +121,14 @@ if __name__ == "__main__":
             stop(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must lie between {low} and {high}")
     if not aloha and args.eval_episodes > 50:
         stop(f"--eval-episodes is {args.eval_episodes}; a task has 50 official initial states, give at most that")
+    if args.target_entropy >= math.log(2 * args.bound):
+        stop(f"--target-entropy is {args.target_entropy}, but within --bound {args.bound} an entropy stays below log(2 · {args.bound}) = "
+             f"{math.log(2 * args.bound):.2f}; lower the one or raise the other")  # fmt: skip
+    if not aloha:
+        from env_libero import rendering_available
+
+        if not rendering_available():
+            stop("LIBERO needs OpenGL even without pictures, and EGL was not found; install it (Debian: apt-get install libegl1 libgl1)")
     if args.device == "cuda" and not torch.cuda.is_available():
         stop("--device is cuda, but torch finds no CUDA device here; use --device cpu or --device auto")
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
@@ -265,6 +273,8 @@ if __name__ == "__main__":
         print(f"\nSAC on {args.task}, seed {args.seed}, {env_steps:,} environment steps, {(time.perf_counter() - start) / 60:.1f} minutes, files in {folder}")
         compare(before, after)
         print(f"tuned, mean  {rate(evaluate('tuned mean', args.eval_episodes)['success'].sum(), args.eval_episodes)}", flush=True)
+    except ChildProcessError as error:
+        stop(str(error), code=1)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         raise SystemExit(130) from None

@@ -18,11 +18,11 @@ from run_files import stop
 
 if __name__ == "__main__":
     try:
-        parent, path = psutil.Process(int(sys.argv[1])), sys.argv[2]
-    except (IndexError, ValueError, psutil.NoSuchProcess):
+        parent, file = psutil.Process(int(sys.argv[1])), open(sys.argv[2], "a", newline="")
+    except (IndexError, ValueError, OSError, psutil.NoSuchProcess):
         stop("give the number of a running process and a file to write, as python tools/watch_memory.py 1234 memory.csv")
     start = time.monotonic()
-    with open(path, "a", newline="") as file:  # of a resumed run too: its seconds start from 0 again
+    with file:  # of a resumed run too: its seconds start from 0 again
         writer = csv.writer(file)
         if not file.tell():
             writer.writerow(("seconds", "processes", "pss_mib"))
