@@ -56,6 +56,8 @@ class Args:
     """transitions of one gradient step"""
     actor_lr: float = 3e-4
     """learning rate of the actor and of the temperature (Adam)"""
+    anneal_lr: bool = False
+    """let the actor's learning rate fall linearly to 0 over the run, as FPO's does"""
     critic_lr: float = 1e-3
     """learning rate of the critics (Adam)"""
     target_entropy: float = 0.7
@@ -240,6 +242,8 @@ if __name__ == "__main__":
                 x_new, log_new = actor(b["s"], generator)
                 q = critic(b["s"], x_new).min(0).values
                 loss_actor = (alpha * log_new - q).mean()
+                if args.anneal_lr:
+                    actor_optimizer.param_groups[0]["lr"] = args.actor_lr * max(0.0, 1 - steps_before / args.total_env_steps)
                 actor_optimizer.zero_grad()
                 loss_actor.backward(inputs=list(actor.parameters()))  # the critics' own gradients are not wanted here
                 actor_optimizer.step()
