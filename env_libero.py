@@ -36,6 +36,7 @@ STEP_LIMIT = dict(libero_spatial=220, libero_object=280, libero_goal=300, libero
 TASKS = dict(libero_spatial=10, libero_object=10, libero_goal=10, libero_10=10, libero_90=90)
 OBSERVATION_DIM = {name: 45 + (n if name != "libero_90" else 0) for name, n in TASKS.items()}
 SETTLING = [[0, 0, 0, 0, 0, 0, -1]] * 10  # steps after every reset that count nowhere: objects fall into place
+NO_OPENGL = "LIBERO needs OpenGL even without pictures, and EGL was not found; install it (Debian: apt-get install libegl1 libgl1)"
 OFFICIAL_STATES = 50  # initial states a task that come with LIBERO, for evaluation only
 ARM_NOISE = 0.02  # rad, standard deviation of the arm's start: robosuite's default, and what the official states show
 FIXTURE_SEED = 0  # draws the fixtures' poses under the official initial states, which do not contain them

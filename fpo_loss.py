@@ -74,8 +74,8 @@ def fpo_loss(
     advantage_floor: the advantages' standard deviation counts as at least this. Where nearly every episode succeeds, advantages are the
         critics' noise; standardising would blow it up to the size of a signal, and the actor would drift away for ever.
     advantage_limit: standardised advantages below -limit count as -limit. With limit = κ no sample's total weight
-        β/σ (m ρ A + κ) is negative at ρ = 1 where x^(0) = x^(K): nothing is un-fitted, which is what inflates the latents once failures are rare and
-        their standardised advantages therefore large.
+        β/σ (m ρ A + κ) is negative at ρ = 1 where x^(0) = x^(K): nothing is un-fitted, which is what inflates the latents once
+        failures are rare and their standardised advantages therefore large.
     loss_cap: no push on a sample with A < 0 whose loss already exceeds the cached one by this much.
     self_anchor κ: + κ (β/σ) mean ℓ_cfm(x^(0) | s; θ), `cfm_anchor` where x^(0) differs from the executed x^(K) (D6).
         On-policy its expected gradient is zero where the actor fits its own samples, so it does not bias the policy

@@ -344,6 +344,14 @@ def write_side_by_side(path, films, fps):
     os.replace(partial, path)
 
 
+def make_out_folder(path):
+    """Make the folder of --out, unless it is there; stop if it cannot be made."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        stop(f"--out is {path}, which cannot be made a folder ({error.strerror}); give another one")
+
+
 def write_table(path, rows):
     """Write a small table as CSV, in one piece; Wilson intervals beside every count of successes. rows: dicts."""
     columns = list(dict.fromkeys(key for row in rows for key in row)) + ["success", "wilson_low", "wilson_high"]

@@ -186,7 +186,7 @@ if __name__ == "__main__":
             setattr(args, name, one if len(task_ids) == 1 else several)
     check_args(args)
     if not env_libero.rendering_available():
-        stop("LIBERO needs OpenGL even without pictures, and EGL was not found; install it (Debian: apt-get install libegl1 libgl1)")
+        stop(env_libero.NO_OPENGL)
     if args.eval_episodes > OFFICIAL_STATES:
         stop(f"--eval-episodes is {args.eval_episodes}; a task has {OFFICIAL_STATES} official initial states, give at most that")
     task = f"libero_90_task{'_'.join(map(str, task_ids))}" if args.suite == "libero_90" else args.suite  # the base's name for it

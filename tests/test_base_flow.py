@@ -27,6 +27,12 @@ def test_header_says_how_it_was_made_and_what_it_reaches(base):
     assert base.latent_dim == 24 and base.state_dim == 21 and base.chunk_steps == 40
 
 
+def test_a_missing_shipped_base_names_its_own_fix():
+    path = WEIGHTS.with_name("libero_moved.safetensors")
+    with pytest.raises(ValueError, match="clone_base.py --task libero_moved --overwrite"):
+        FlowBase.load(path)
+
+
 def test_frozen(base):
     assert not base.training and not any(p.requires_grad for p in base.parameters())
 

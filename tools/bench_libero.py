@@ -102,7 +102,7 @@ if __name__ == "__main__":
         if getattr(args, name) < 1:
             stop(f"--{name.replace('_', '-')} is {getattr(args, name)}; give at least 1")
     if not rendering_available():
-        stop("LIBERO needs OpenGL even without pictures, and EGL was not found; install it (Debian: apt-get install libegl1 libgl1)")
+        stop(env_libero.NO_OPENGL)
     try:
         task_ids = parse_task_ids(args.suite, args.task_ids or ("56" if args.suite == "libero_90" else "all"))
     except ValueError as error:

@@ -31,7 +31,7 @@ from scipy.stats import spearmanr
 from tqdm import tqdm
 
 from fpo_actor import FlowActor, draw_flow_noise
-from run_files import load_checkpoint, stop, write_atomically
+from run_files import load_checkpoint, make_out_folder, stop, write_atomically
 
 RUNS = dict(defaults=[], no_stabilisers=["--self-anchor", "0", "--velocity-anchor", "0"], literal=["--literal"])
 MANY_DRAWS = 256
@@ -170,10 +170,7 @@ if __name__ == "__main__":
             stop(f"--{name.replace('_', '-')} is {getattr(args, name)}; give at least {least}")
     if args.samples > LATENTS:
         stop(f"--samples is {args.samples}, and an iteration has {LATENTS} latents; give at most that")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        stop(f"--out is {args.out}, which cannot be made a folder ({error.strerror}); give another one")
+    make_out_folder(args.out)
     for name in args.runs:
         run_name = f"monotonicity_{name}_seed{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         print(f"train {name}: runs/{run_name}", flush=True)

@@ -70,7 +70,7 @@ class Run:
             self.family |= {p.pid: p for p in psutil.Process(self.process.pid).children(recursive=True)}
         except psutil.NoSuchProcess:
             pass
-        return [p for p in self.family.values() if alive(p)]
+        return [p for p in self.family.values() if is_alive(p)]
 
     def wait_until(self, condition, seconds=120):
         """Look often until the condition holds or the run ends. -> whether it held"""
@@ -108,7 +108,7 @@ class Run:
         return len(path.read_text().splitlines()) - 1 if path.exists() else 0
 
 
-def alive(process):
+def is_alive(process):
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

@@ -34,7 +34,7 @@ from sklearn.manifold import TSNE
 from sklearn.metrics import silhouette_samples
 
 from results import COLORS, TABLE_2, evaluations, on_common_states, t_half, training_curves
-from run_files import load_checkpoint, stop, write_atomically
+from run_files import load_checkpoint, make_out_folder, stop, write_atomically
 
 BLUE, RED, GREEN, GREY = "#332288", "#cc6677", "#117733", "0.4"  # Paul Tol's muted scheme, safe for colour-blind readers
 POINTS = 400  # of a group in a t-SNE
@@ -230,16 +230,16 @@ def bootstrap(statistic, group, rng):
     The basic interval, 2 v - quantile: a resample is to the sample as that is to the truth, also where it is biased, as a variance is.
     """
     _, episode, *_ = group
-    rows = [np.flatnonzero(episode == e) for e in np.unique(episode)]
+    rows, value = [np.flatnonzero(episode == e) for e in np.unique(episode)], statistic(group)
     if len(rows) < LEAST:
-        return statistic(group), np.nan, np.nan
+        return value, np.nan, np.nan
     values = []
     for _ in range(RESAMPLES):
         drawn = [rows[j] for j in rng.integers(len(rows), size=len(rows))]
         i = np.concatenate(drawn)
         number = np.repeat(np.arange(len(drawn)), [len(d) for d in drawn])  # an episode drawn twice is two episodes
         values.append(statistic((group[0][i], number, *(column[i] for column in group[2:]))))
-    return statistic(group), *(2 * statistic(group) - np.nanquantile(values, [0.975, 0.025], axis=0))
+    return value, *(2 * value - np.nanquantile(values, [0.975, 0.025], axis=0))
 
 
 def draw_evolution(out, name, latents):
@@ -519,10 +519,7 @@ if __name__ == "__main__":
     if args.out is None and (args.strip or (args.latents, args.exploration) != (Args.latents, Args.exploration)):
         stop("--out is missing: the pictures of other runs would replace those of results/figures; give a folder for them")
     args.out = args.out or ROOT / "results" / "figures"
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        stop(f"--out is {args.out}, which cannot be made a folder ({error.strerror}); give another one")
+    make_out_folder(args.out)
     if args.strip:
         for folder in args.strip:
             draw_strip(args.out, folder)

@@ -127,10 +127,10 @@ if __name__ == "__main__":
         stop(f"--target-entropy is {args.target_entropy}, but within --bound {args.bound} an entropy stays below log(2 · {args.bound}) = "
              f"{math.log(2 * args.bound):.2f}; lower the one or raise the other")  # fmt: skip
     if not aloha:
-        from env_libero import rendering_available
+        from env_libero import NO_OPENGL, rendering_available
 
         if not rendering_available():
-            stop("LIBERO needs OpenGL even without pictures, and EGL was not found; install it (Debian: apt-get install libegl1 libgl1)")
+            stop(NO_OPENGL)
     if args.device == "cuda" and not torch.cuda.is_available():
         stop("--device is cuda, but torch finds no CUDA device here; use --device cpu or --device auto")
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
@@ -223,6 +223,8 @@ if __name__ == "__main__":
             recent.extend(float(step["success"][i]) for i in np.flatnonzero(step["terminated"] | step["truncated"]))
 
             torch.set_num_threads(min(CPUS, 4))
+            if args.anneal_lr:
+                actor_optimizer.param_groups[0]["lr"] = args.actor_lr * max(0.0, 1 - steps_before / args.total_env_steps)
             owed += args.updates * args.num_envs if decisions > args.warmup_decisions else 0
             while owed >= 1:
                 owed -= 1
@@ -242,8 +244,6 @@ if __name__ == "__main__":
                 x_new, log_new = actor(b["s"], generator)
                 q = critic(b["s"], x_new).min(0).values
                 loss_actor = (alpha * log_new - q).mean()
-                if args.anneal_lr:
-                    actor_optimizer.param_groups[0]["lr"] = args.actor_lr * max(0.0, 1 - steps_before / args.total_env_steps)
                 actor_optimizer.zero_grad()
                 loss_actor.backward(inputs=list(actor.parameters()))  # the critics' own gradients are not wanted here
                 actor_optimizer.step()
