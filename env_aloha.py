@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mujoco_state import diverged as has_diverged, get_state, rendering_available, set_state, silence, stack  # before mujoco
+from mujoco_state import diverged as has_diverged, get_state, opengl_problem, set_state, silence, stack  # before mujoco
 import mujoco
 from gym_aloha.constants import (
     ASSETS_DIR,
@@ -31,7 +31,7 @@ from gym_aloha.constants import (
     START_ARM_POSE,
 )
 
-from worker_pool import WORKER_TIMEOUT, WorkerPool
+from worker_pool import WORKER_TIMEOUT, WorkerPool, progress
 
 HORIZON = 400  # control steps an episode, 8 s; the usual horizon of this task (ACT, lerobot)
 HOLD_STEPS = 10  # strict success: the left gripper alone holds the cube for so many consecutive steps
@@ -221,9 +221,10 @@ class Workers:
         self.pictures = pictures
         self.pool = WorkerPool(num_workers, _quiet_simulator, timeout=timeout)
 
-    def reset(self, box_poses):
-        """Start episodes. box_poses: (n, 7) -> states (n, S), n observations."""
-        states, observations = zip(*self.pool.map(_reset, list(box_poses), [self.pictures] * len(box_poses)))
+    def reset(self, box_poses, description=None):
+        """Start episodes. box_poses: (n, 7); description: of a progress bar -> states (n, S), n observations."""
+        columns = list(box_poses), [self.pictures] * len(box_poses)
+        states, observations = zip(*self.pool.map(_reset, *columns, description=description))
         return np.stack(states), stack(observations, self.pictures)
 
     def run(self, states, actions, stop_at_success=False, record=False):
@@ -310,9 +311,11 @@ class TrainingEnvs:
     def __init__(self, workers, num_envs, seed, own=slice(None)):
         self.workers, self.indices = workers, range(num_envs)[own]  # own: those of them that are played here
         # the leading 1 keeps training apart from evaluation (0) and demonstrations (2), whatever the seed
-        self.rngs = [np.random.default_rng([1, seed, i]) for i in self.indices]
+        bar = progress(self.indices, description="seed environments")
+        self.rngs = [np.random.default_rng([1, seed, i]) for i in bar]
         n = len(self.indices)
-        self.states, self.observations = workers.reset(np.concatenate([sample_box_poses(r, 1) for r in self.rngs]))
+        poses = np.concatenate([sample_box_poses(r, 1) for r in self.rngs])
+        self.states, self.observations = workers.reset(poses, "start environments")
         self.steps = np.zeros(n, dtype=np.int64)  # control steps of the running episode
 
     def step(self, actions):
@@ -372,4 +375,4 @@ if __name__ == "__main__":  # a quick look: does the simulator run here, and how
     start = time.perf_counter()
     chunk = simulator.run(state, np.tile(START_ACTION, (HORIZON, 1)))
     print(f"one process: {HORIZON / (time.perf_counter() - start):.0f} control steps/s, cube at {chunk.observation[14:17].round(3)}")
-    print("rendering:", "available" if rendering_available() else "not available (no EGL)")
+    print("pictures:", opengl_problem() or "available")

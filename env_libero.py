@@ -16,27 +16,46 @@ Action (7), each in -1 ... 1, at 20 Hz: end-effector position change (1 is 5 cm)
 (negative opens, positive closes). Observation (45, and 10 for the task): see `Simulator.observe`.
 """
 
+import atexit
 import contextlib
 import io
-import logging
+import os
+import shutil
+import sys
+import tempfile
+import types
 import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
-from mujoco_state import diverged as has_diverged, get_state, rendering_available, set_state, silence, stack  # before mujoco
+from mujoco_state import diverged as has_diverged, get_state, opengl_problem, set_state, silence, stack  # before mujoco
 import mujoco
+
+# numba keeps what it compiles beside the source or in the user's cache. Where neither can be written (a container, another
+# user's checkout) it refuses to compile, so it gets a folder for this run, which the workers inherit.
+cache = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+while not os.path.exists(cache):
+    cache = os.path.dirname(cache)
+if not os.access(cache, os.W_OK) and "NUMBA_CACHE_DIR" not in os.environ:
+    os.environ["NUMBA_CACHE_DIR"] = tempfile.mkdtemp(prefix="numba-")
+    atexit.register(shutil.rmtree, os.environ["NUMBA_CACHE_DIR"], ignore_errors=True)
 import numba
 
-from worker_pool import WORKER_TIMEOUT, WorkerPool
+# robosuite opens /tmp/robosuite.log when it is imported, and whoever did so first owns that file. These are its own settings, in
+# the place where it looks for a user's; a user's own do not count here, so that runs do not depend on them.
+sys.modules["robosuite.macros_private"] = types.ModuleType("robosuite.macros_private")
+sys.modules["robosuite.macros_private"].FILE_LOGGING_LEVEL = None
+sys.modules["robosuite.macros_private"].CONSOLE_LOGGING_LEVEL = "ERROR"
+
+from worker_pool import WORKER_TIMEOUT, WorkerPool, progress
 
 # Step limits that papers on vision-language-action models use (openpi, OpenVLA-OFT).
 STEP_LIMIT = dict(libero_spatial=220, libero_object=280, libero_goal=300, libero_10=520, libero_90=400)
 TASKS = dict(libero_spatial=10, libero_object=10, libero_goal=10, libero_10=10, libero_90=90)
 OBSERVATION_DIM = {name: 45 + (n if name != "libero_90" else 0) for name, n in TASKS.items()}
 SETTLING = [[0, 0, 0, 0, 0, 0, -1]] * 10  # steps after every reset that count nowhere: objects fall into place
-NO_OPENGL = "LIBERO needs OpenGL even without pictures, and EGL was not found; install it (Debian: apt-get install libegl1 libgl1)"
 OFFICIAL_STATES = 50  # initial states a task that come with LIBERO, for evaluation only
 ARM_NOISE = 0.02  # rad, standard deviation of the arm's start: robosuite's default, and what the official states show
 FIXTURE_SEED = 0  # draws the fixtures' poses under the official initial states, which do not contain them
@@ -58,10 +77,15 @@ def placed(seed):
 @contextlib.contextmanager
 def quiet():
     """LIBERO and robosuite print banners and warnings on import and on construction."""
-    logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
+
+
+def libero_problem(pictures=False):
+    """Why LIBERO cannot be used here, in one sentence with what to do, or None. robosuite is not imported without OpenGL."""
+    if problem := opengl_problem(pictures):
+        return f"LIBERO needs OpenGL, without pictures too: {problem}"
 
 
 @lru_cache
@@ -438,9 +462,10 @@ class Workers:
         self.suite_name, self.pictures = suite_name, pictures
         self.pool = WorkerPool(num_workers, TaskSimulators, suite_name, list(task_ids), timeout=timeout)
 
-    def reset(self, task_ids, starts):
-        """Start episodes. task_ids, starts: n each -> list of n states, n observations."""
-        states, observations = zip(*self.pool.map(_reset, list(task_ids), list(starts), [self.pictures] * len(starts)))
+    def reset(self, task_ids, starts, description=None):
+        """Start episodes. task_ids, starts: n each; description: of a progress bar -> list of n states, n observations."""
+        columns = list(task_ids), list(starts), [self.pictures] * len(starts)
+        states, observations = zip(*self.pool.map(_reset, *columns, description=description))
         return list(states), stack(observations, self.pictures)
 
     def run(self, task_ids, states, actions, stop_at_success=False, record=False):
@@ -527,9 +552,11 @@ class TrainingEnvs:
         self.limit = STEP_LIMIT[workers.suite_name]
         self.task_ids = np.array([task_ids[i % len(task_ids)] for i in self.indices])
         # the leading 1 keeps training apart from demonstrations (2), whatever the seed
-        self.rngs = [np.random.default_rng([1, seed, i]) for i in self.indices]
+        bar = progress(self.indices, description="seed environments")
+        self.rngs = [np.random.default_rng([1, seed, i]) for i in bar]
         n = len(self.indices)
-        self.states, self.observations = workers.reset(self.task_ids, [self._start(i) for i in range(n)])
+        starts = [self._start(i) for i in range(n)]
+        self.states, self.observations = workers.reset(self.task_ids, starts, "start environments")
         self.steps = np.zeros(n, dtype=np.int64)  # control steps of the running episode
 
     def _start(self, i):
@@ -596,4 +623,4 @@ if __name__ == "__main__":  # a quick look: does the simulator run here, and how
     start = time.perf_counter()
     simulator.run(state, np.zeros((100, ACTION_DIM)))
     print(f"one process: {100 / (time.perf_counter() - start):.0f} control steps/s")
-    print("rendering:", "available" if rendering_available() else "not available (no EGL)")
+    print("pictures:", opengl_problem() or "available")

@@ -9,14 +9,24 @@ Import this before anything that imports mujoco: it picks the OpenGL library.
 import ctypes.util
 import os
 import platform
+import re
+import subprocess
+import sys
 
 import numpy as np
 
-# MuJoCo picks its OpenGL library on import. Physics needs none, so a machine without EGL trains all the same.
+# MuJoCo loads the OpenGL library that MUJOCO_GL names when it is imported. Physics needs none, so a machine without one trains all
+# the same. What needs OpenGL asks `opengl_problem` first.
 if platform.system() == "Linux" and "MUJOCO_GL" not in os.environ:
     os.environ["MUJOCO_GL"] = "egl" if ctypes.util.find_library("EGL") else "disable"
-
-import mujoco
+    MUJOCO_GL = "not set"
+else:
+    MUJOCO_GL = os.environ.get("MUJOCO_GL", "not set")
+try:
+    import mujoco
+except Exception:  # each OpenGL library that is not there fails in a way of its own
+    os.environ["MUJOCO_GL"] = "disable"
+    import mujoco
 
 STATE_SPEC = int(
     mujoco.mjtState.mjSTATE_TIME
@@ -45,9 +55,25 @@ def diverged(data):
     return any(data.warning[w].number for w in DIVERGED)
 
 
-def rendering_available():
-    """Whether MuJoCo was imported with an OpenGL library. robosuite, and so LIBERO, cannot be imported without one."""
-    return hasattr(mujoco, "Renderer") and os.environ.get("MUJOCO_GL") != "disable"
+def opengl_problem(pictures=True):
+    """What keeps MuJoCo from drawing pictures, in one sentence with what to do, or None.
+
+    pictures=False: what keeps robosuite, and so LIBERO, from being imported, which needs the library but no device.
+    """
+    fix = "install EGL (Debian: apt-get install libegl1 libgl1)"
+    if MUJOCO_GL not in ("not set", "egl"):
+        fix = f"unset it, and where EGL is missing {fix}"
+    if not hasattr(mujoco, "GLContext"):
+        return f"MUJOCO_GL is {MUJOCO_GL}, and no OpenGL library could be loaded; {fix}"
+    if not pictures:
+        return None
+    # a library without a device or a display, a device number that does not exist: tried in a process of its own, which may crash
+    draw = "import mujoco; mujoco.Renderer(mujoco.MjModel.from_xml_string('<mujoco/>'), 16, 16)"
+    tried = subprocess.run([sys.executable, "-c", draw], capture_output=True, text=True)
+    if tried.returncode:
+        reasons = [line for line in tried.stderr.splitlines() if re.match(r"[\w.]*(Error|Exception)\b", line)]
+        return f"MUJOCO_GL is {MUJOCO_GL}, and OpenGL does not start ({reasons[0] if reasons else 'it crashes'}); {fix}"
+    return None
 
 
 def silence():

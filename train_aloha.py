@@ -22,24 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-import torch
 import tyro
 from tqdm import tqdm
 
-import env_aloha
-import ranks
-from base_flow import FlowBase
-from env_aloha import HORIZON, TrainingEnvs, Workers, evaluation_poses, play_episodes
-from fpo_actor import FlowActor, draw_flow_noise
-from fpo_buffer import TrajectoryBuffer
-from fpo_critic import QEnsemble, critic_loss, fresh_value, gae, polyak_update, stored_value, td_target
-from fpo_loss import fpo_loss
-from ranks import RANK, WORLD
-from run_files import (
-    RunLogs, check_args, clean_end, compare, evaluation_columns, load_checkpoint, new_run_folder, print_gain, rate, resumed_args,
-    save_checkpoint, set_literal, stop, write_args, write_side_by_side,
-)  # fmt: skip
+from run_files import parse_args
 
 TASK = "aloha"
 FRESH_LATENTS = 4  # J of D5
@@ -56,8 +42,8 @@ class Args:
     """control steps of training, evaluation not counted"""
     num_envs: int | None = None
     """parallel environments, over all ranks; 32 a rank if left out, 8 with π_0 on a CPU or on a GPU of less than 20 GB"""
-    num_workers: int = min(ranks.CPUS, 16)
-    """simulator processes of a rank; the results do not depend on it"""
+    num_workers: int | None = None
+    """simulator processes of a rank, on which the results do not depend; one a core, 16 at most, if left out"""
     worker_timeout: float = 300.0
     """seconds for one piece of simulation, after which its process is replaced and the work done again"""
     rollout_decisions: int = 10
@@ -161,7 +147,26 @@ class Args:
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__.split("\n\n")[0] + ' D1 … D14: README, "What the paper leaves open".')
+    args = parse_args(Args, __doc__.split("\n\n")[0] + ' D1 … D14: README, "What the paper leaves open".')
+
+    # imported after the flags, so that --help need not wait, and here, so that simulator processes do without torch
+    import numpy as np
+    import torch
+
+    import ranks
+    from base_flow import FlowBase
+    from env_aloha import FPS, HORIZON, TrainingEnvs, Workers, evaluation_poses, play_episodes
+    from fpo_actor import FlowActor, draw_flow_noise
+    from fpo_buffer import TrajectoryBuffer
+    from fpo_critic import QEnsemble, critic_loss, fresh_value, gae, polyak_update, stored_value, td_target
+    from fpo_loss import fpo_loss
+    from mujoco_state import opengl_problem
+    from ranks import RANK, WORLD
+    from run_files import (
+        RunLogs, check_args, clean_end, compare, evaluation_columns, load_checkpoint, new_run_folder, print_gain, rate, resumed_args,
+        save_checkpoint, set_literal, stop, write_args, write_side_by_side,
+    )  # fmt: skip
+
     if args.resume:
         args = resumed_args(Args, args.resume)
     elif ranks.RESTARTS and args.run_name and (Path("runs") / args.run_name / "last.pt").exists():
@@ -173,8 +178,9 @@ if __name__ == "__main__":
             stop(f"--checkpoint is {args.checkpoint}, which names a base (it does not end in .pt), and so does --weights {args.weights}; leave one out")
         args.weights, args.checkpoint = args.checkpoint, None
     check_args(args)
-    if (args.video or args.base == "pi0") and not env_aloha.rendering_available():
-        stop("--video and --base pi0 need OpenGL, and EGL was not found; install it (Debian: apt-get install libegl1 libgl1) or leave the flag out")
+    args.num_workers = args.num_workers or min(ranks.CPUS, 16)
+    if (args.video or args.base == "pi0") and (problem := opengl_problem()):
+        stop(f"--video and --base pi0 need OpenGL: {problem}, or leave the flag out")
     device = ranks.connect(torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"))
     args.device = device.type  # for args.json: a resumed run stays there, for the other device cannot go on with its random numbers
     torch.set_num_threads(1)  # more for the update only: waiting threads of torch spin, and would take the workers' cores
@@ -231,8 +237,8 @@ if __name__ == "__main__":
         env_steps = saved["env_steps"]
 
     # ---- run folder ----
-    run_name = args.run_name or f"{TASK}__seed{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = Path(args.resume) if args.resume else new_run_folder(run_name, again=ranks.RESTARTS > 0) if RANK == 0 else None
+    default = f"{TASK}__seed{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(args.resume) if args.resume else new_run_folder(args.run_name, default, ranks.RESTARTS > 0) if RANK == 0 else None
     folder = ranks.gathered(folder)[0]
     METRICS = (
         "iteration charts/env_steps charts/success charts/return charts/episode_length charts/success_length charts/SPS "
@@ -523,5 +529,5 @@ if __name__ == "__main__":
                 filmed = [i for i in members if len(before["qpos"][i]) and len(after["qpos"][i])] if args.video else []
                 for i in filmed[:1]:  # Fig. 4a, 6: base left, tuned right, from the same initial state
                     film = folder / f"{kind}_episode{i}.mp4"  # every fourth frame: 12.5 a second
-                    write_side_by_side(film, workers.render([before["qpos"][i][::4], after["qpos"][i][::4]]), env_aloha.FPS / 4)
+                    write_side_by_side(film, workers.render([before["qpos"][i][::4], after["qpos"][i][::4]]), FPS / 4)
                     print(f"{kind}, base | tuned: {film}")

@@ -24,24 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-import torch
 import tyro
 from tqdm import tqdm
 
-import env_libero
-import ranks
-from base_flow import FlowBase
-from env_libero import OFFICIAL_STATES, STEP_LIMIT, TrainingEnvs, Workers, official, parse_task_ids, play_episodes
-from fpo_actor import FlowActor, draw_flow_noise
-from fpo_buffer import TrajectoryBuffer
-from fpo_critic import QEnsemble, critic_loss, fresh_value, gae, polyak_update, stored_value, td_target
-from fpo_loss import fpo_loss
-from ranks import RANK, WORLD
-from run_files import (
-    RunLogs, check_args, clean_end, compare, evaluation_columns, load_checkpoint, new_run_folder, print_gain, rate, resumed_args,
-    save_checkpoint, set_literal, stop, write_args, write_side_by_side, write_suite_table,
-)  # fmt: skip
+from run_files import parse_args
 
 FRESH_LATENTS = 4  # J of D5
 LATENT_EPISODES = 50  # the evaluation episodes, at least, whose latents go into latents.npz
@@ -61,8 +47,8 @@ class Args:
     """control steps of training, evaluation not counted; 250 000 for one task, 300 000 for several if left out"""
     num_envs: int | None = None
     """parallel environments, over all ranks; 32 a rank if left out, 8 with π_0 on a CPU or on a GPU of less than 20 GB"""
-    num_workers: int = min(ranks.CPUS, 16)
-    """simulator processes of a rank; the results do not depend on it"""
+    num_workers: int | None = None
+    """simulator processes of a rank, on which the results do not depend; one a core, 16 at most, if left out"""
     worker_timeout: float = 300.0
     """seconds for one piece of simulation, after which its process is replaced and the work done again"""
     rollout_decisions: int = 10
@@ -147,7 +133,7 @@ class Args:
     """pi0: torch.compile its denoising step"""
     eval_every: int | None = None
     """control steps between evaluations; 50 000 for one task, 100 000 for several if left out"""
-    eval_episodes: int = OFFICIAL_STATES
+    eval_episodes: int = 50
     """episodes a task of the first and the last evaluation, one an official initial state; those between play half of them"""
     eval_only: bool = False
     """evaluate and end; with --checkpoint the tuned actor too"""
@@ -164,7 +150,26 @@ class Args:
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__.split("\n\n")[0] + ' D1 … D14: README, "What the paper leaves open".')
+    args = parse_args(Args, __doc__.split("\n\n")[0] + ' D1 … D14: README, "What the paper leaves open".')
+
+    # imported after the flags, so that --help need not wait, and here, so that simulator processes do without torch
+    import numpy as np
+    import torch
+
+    import env_libero
+    import ranks
+    from base_flow import FlowBase
+    from env_libero import OFFICIAL_STATES, STEP_LIMIT, TrainingEnvs, Workers, libero_problem, official, parse_task_ids, play_episodes
+    from fpo_actor import FlowActor, draw_flow_noise
+    from fpo_buffer import TrajectoryBuffer
+    from fpo_critic import QEnsemble, critic_loss, fresh_value, gae, polyak_update, stored_value, td_target
+    from fpo_loss import fpo_loss
+    from ranks import RANK, WORLD
+    from run_files import (
+        RunLogs, check_args, clean_end, compare, evaluation_columns, load_checkpoint, new_run_folder, print_gain, rate, resumed_args,
+        save_checkpoint, set_literal, stop, write_args, write_side_by_side, write_suite_table,
+    )  # fmt: skip
+
     if args.resume:
         args = resumed_args(Args, args.resume)
     elif ranks.RESTARTS and args.run_name and (Path("runs") / args.run_name / "last.pt").exists():
@@ -185,8 +190,9 @@ if __name__ == "__main__":
         if getattr(args, name) is None:
             setattr(args, name, one if len(task_ids) == 1 else several)
     check_args(args)
-    if not env_libero.rendering_available():
-        stop(env_libero.NO_OPENGL)
+    args.num_workers = args.num_workers or min(ranks.CPUS, 16)
+    if problem := libero_problem(pictures=args.video or args.base == "pi0"):
+        stop(problem)
     if args.eval_episodes > OFFICIAL_STATES:
         stop(f"--eval-episodes is {args.eval_episodes}; a task has {OFFICIAL_STATES} official initial states, give at most that")
     task = f"libero_90_task{'_'.join(map(str, task_ids))}" if args.suite == "libero_90" else args.suite  # the base's name for it
@@ -255,8 +261,8 @@ if __name__ == "__main__":
 
     # ---- run folder ----
     short = task if len(task) < 80 else f"{args.suite}_{len(task_ids)}_tasks"  # a file's name has at most 255 bytes
-    run_name = args.run_name or f"{short}__seed{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = Path(args.resume) if args.resume else new_run_folder(run_name, again=ranks.RESTARTS > 0) if RANK == 0 else None
+    default = f"{short}__seed{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(args.resume) if args.resume else new_run_folder(args.run_name, default, ranks.RESTARTS > 0) if RANK == 0 else None
     folder = ranks.gathered(folder)[0]
     METRICS = (
         "iteration charts/env_steps charts/success charts/return charts/episode_length charts/success_length charts/SPS "

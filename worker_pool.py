@@ -11,11 +11,16 @@ import math
 import multiprocessing
 import os
 import signal
+import sys
 import threading
+import traceback
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
+from tqdm import tqdm
+
 WORKER_TIMEOUT = 300.0  # seconds
+LARGEST_PIECE = 64  # jobs
 
 _simulator = None  # one a worker process
 
@@ -30,16 +35,33 @@ def _start_worker(build, arguments):
         os._exit(1)
 
     threading.Thread(target=exit_with_parent, daemon=True).start()
-    _simulator = build(*arguments)
+    try:
+        _simulator = build(*arguments)
+    except Exception as error:  # told by the first job: what an initializer raises, the parent sees as a death without a cause
+        _simulator = error
 
 
 def _call(function, jobs):
-    return [function(_simulator, *job) for job in jobs]
+    try:
+        if isinstance(_simulator, Exception):
+            raise _simulator
+        return [function(_simulator, *job) for job in jobs]
+    except Exception as error:  # not a death: the same job would fail the same way again
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        text = " ".join(str(error).split())
+        raise ChildProcessError(f"a simulator failed with {type(error).__name__}: {text} ({where.filename}:{where.lineno})") from None
+
+
+def progress(iterable=None, total=None, description=None):
+    """A progress bar, on stderr, for what may take long: it shows after three seconds. Under torchrun one process of a machine has it."""
+    return tqdm(iterable, total=total, desc=description, leave=False, delay=3, mininterval=0.5 if sys.stderr.isatty() else 30.0,
+                disable=description is None or os.environ.get("LOCAL_RANK", "0") != "0")  # fmt: skip
 
 
 class WorkerPool:
     """`num_workers` processes, each with its own `build(*arguments)`. A worker that dies, or needs more than `timeout` seconds
-    for a piece of work (its start included, and up to 1 / (2 num_workers) of the jobs of a map), is replaced and its jobs are done again; a job that kills its worker twice is lost."""
+    for a piece of work (its start included, and up to 64 of the jobs of a map), is replaced and its jobs are done again; a job that
+    kills its worker twice is lost. What a job or the build *raises* comes back at once, as a ChildProcessError with its words."""
 
     def __init__(self, num_workers, build, *arguments, timeout=WORKER_TIMEOUT):
         self.num_workers, self.initargs, self.timeout = num_workers, (build, arguments), timeout
@@ -52,17 +74,23 @@ class WorkerPool:
             self.num_workers, mp_context=context, initializer=_start_worker, initargs=self.initargs
         )
 
-    def map(self, function, *columns, may_lose=False):
+    def map(self, function, *columns, may_lose=False, description=None):
         """[function(simulator, *job) for job in zip(*columns)], spread over the workers. ChildProcessError if a job is lost;
-        with may_lose it gives None, so that it costs one episode and not the run, and the error comes if several are lost and no other is left."""
+        with may_lose it gives None, so that it costs one episode and not the run, and the error comes if several are lost and no other is left.
+        description: of a progress bar."""
         jobs = list(zip(*columns))
         # a message costs, so the first pieces are large; the last ones are small, so that all workers are busy to the end
         cuts = [0]
         while cuts[-1] < len(jobs):
-            cuts.append(cuts[-1] + math.ceil((len(jobs) - cuts[-1]) / (2 * self.num_workers)))
+            cuts.append(cuts[-1] + min(math.ceil((len(jobs) - cuts[-1]) / (2 * self.num_workers)), LARGEST_PIECE))
         try:
             pieces = [self.executor.submit(_call, function, jobs[i:j]) for i, j in zip(cuts, cuts[1:])]
-            return [result for piece in pieces for result in piece.result(self.timeout)]
+            results = []
+            with progress(total=len(jobs), description=description) as bar:
+                for piece in pieces:
+                    results += piece.result(self.timeout)
+                    bar.update(len(results) - bar.n)
+            return results
         except (BrokenProcessPool, TimeoutError):
             self._restart()
         results = []

@@ -18,7 +18,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import numpy as np
 import torch
-import tyro
 
 from mujoco_state import set_state  # before mujoco: it picks the OpenGL library
 import mujoco
@@ -28,7 +27,7 @@ from env_aloha import HORIZON, Simulator, Workers, sample_box_poses
 from fpo_actor import FlowActor, draw_flow_noise
 from fpo_critic import QEnsemble, critic_loss, polyak_update, td_target
 from fpo_loss import fpo_loss
-from run_files import stop
+from run_files import parse_args, stop
 
 
 @dataclass
@@ -66,7 +65,7 @@ def seconds(function, repeat=5):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    args = parse_args(Args, __doc__)
     for name in ("num_workers", "num_envs", "samples", "turns"):
         if getattr(args, name) < 1:
             stop(f"--{name.replace('_', '-')} is {getattr(args, name)}; give at least 1")

@@ -20,13 +20,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import numpy as np
 import psutil
-import tyro
 
 import env_libero
 import mujoco
 from demo_libero import Demonstrator
-from env_libero import Simulator, Workers, official, parse_task_ids, placed, quiet, rendering_available, suite
-from run_files import stop
+from env_libero import Simulator, Workers, libero_problem, official, parse_task_ids, placed, quiet, suite
+from run_files import parse_args, stop
 
 
 @dataclass
@@ -97,12 +96,12 @@ def one_task(args, k):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    args = parse_args(Args, __doc__)
     for name in ("steps", "repeats", "num_workers"):
         if getattr(args, name) < 1:
             stop(f"--{name.replace('_', '-')} is {getattr(args, name)}; give at least 1")
-    if not rendering_available():
-        stop(env_libero.NO_OPENGL)
+    if problem := libero_problem():
+        stop(problem)
     try:
         task_ids = parse_task_ids(args.suite, args.task_ids or ("56" if args.suite == "libero_90" else "all"))
     except ValueError as error:

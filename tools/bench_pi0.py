@@ -20,12 +20,12 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 import torch
-import tyro
 
 from base_pi0 import Pi0Base, download, load_strictly
 from fpo_actor import FlowActor, draw_flow_noise
 from fpo_critic import QEnsemble, critic_loss, polyak_update, td_target
 from fpo_loss import fpo_loss
+from run_files import parse_args
 
 
 @dataclass
@@ -125,7 +125,7 @@ def update_seconds(base, repeat, samples=320):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    args = parse_args(Args, __doc__)
     try:
         from lerobot.configs import PreTrainedConfig
         import lerobot.policies.factory  # registers the types of policies

@@ -26,12 +26,11 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 import torch
-import tyro
 from scipy.stats import spearmanr
 from tqdm import tqdm
 
 from fpo_actor import FlowActor, draw_flow_noise
-from run_files import load_checkpoint, make_out_folder, stop, write_atomically
+from run_files import load_checkpoint, make_out_folder, parse_args, stop, write_atomically
 
 RUNS = dict(defaults=[], no_stabilisers=["--self-anchor", "0", "--velocity-anchor", "0"], literal=["--literal"])
 MANY_DRAWS = 256
@@ -161,7 +160,7 @@ def draw(tables, path, title):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
+    args = parse_args(Args, __doc__.split("\n\n")[0])
     for name in args.runs:
         if name not in RUNS:
             stop(f"--runs has {name}, which is none of {', '.join(RUNS)}")

@@ -24,11 +24,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
-import tyro
 from statsmodels.stats.proportion import proportion_confint
 from tqdm import trange
 
 from base_flow import FlowBase
+from run_files import parse_args
 
 # task: latent dimension, control steps a chunk, knots a chunk, gradient steps
 SETTINGS = dict(
@@ -241,7 +241,7 @@ def load_demos(path, task):
 
 
 def main():
-    args = tyro.cli(Args, description=__doc__)
+    args = parse_args(Args, __doc__)
     defaults = dict(zip(("latent_dim", "chunk_steps", "knots", "steps"), SETTINGS[args.task]))
     own_demos = args.demos is not None
     defaults.update(demos=Path(f"demos/{args.task}.npz"), out=Path(f"weights/{args.task}.safetensors"), eval_episodes={"aloha": 200, "libero_90_task56": 50}.get(args.task, 20))

@@ -23,14 +23,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
-import tyro
 from gym_aloha.constants import START_ARM_POSE
 from statsmodels.stats.proportion import proportion_confint
 from tqdm import tqdm
 
-import env_aloha  # before mujoco: it picks the OpenGL library
+from mujoco_state import opengl_problem  # before mujoco: it picks the OpenGL library
 import mujoco
 from env_aloha import FPS, HORIZON, Simulator, observe, sample_box_poses, strict_success
+from run_files import parse_args
 
 MODES = ("side grasp", "top-down grasp")
 KNOT = 5  # control steps between two solutions of the inverse kinematics
@@ -248,8 +248,8 @@ def check(args):
         return f"--out {args.out} exists: give another path, or --overwrite to replace it."
     if args.video and args.video.suffix != ".mp4":
         return f"--video is {args.video}: give a path that ends in .mp4."
-    if args.video and not env_aloha.rendering_available():
-        return f"--video {args.video} needs OpenGL: install libegl1, or leave the flag out."
+    if args.video and (problem := opengl_problem()):
+        return f"--video {args.video} needs OpenGL: {problem}, or leave the flag out."
 
 
 def run(args):
@@ -283,7 +283,7 @@ def run(args):
 
 
 def main():
-    args = tyro.cli(Args)
+    args = parse_args(Args)
     if problem := check(args):
         print(problem, file=sys.stderr)
         sys.exit(2)

@@ -23,13 +23,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
-import tyro
 from tqdm import tqdm
 
 from env_libero import (
-    FPS, OFFICIAL_STATES, STEP_LIMIT, TASKS, TaskSimulators, official, parse_task_ids, placed, rendering_available, suite,
+    FPS, OFFICIAL_STATES, STEP_LIMIT, TASKS, TaskSimulators, libero_problem, official, parse_task_ids, placed, suite,
 )  # fmt: skip
-from run_files import wilson, write_table
+from run_files import parse_args, wilson, write_table
 from worker_pool import WorkerPool
 
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
@@ -395,8 +394,7 @@ def check(args):
         return f"--out {args.out} exists: give another path, or --overwrite to replace it."
     if args.video and args.video.suffix != ".mp4":
         return f"--video is {args.video}: give a path that ends in .mp4."
-    if not rendering_available():
-        return "LIBERO needs OpenGL (EGL) even without pictures: install libegl1."
+    return libero_problem(pictures=args.video is not None)
 
 
 def run(args, task_ids):
@@ -430,7 +428,7 @@ def run(args, task_ids):
 
 
 def main():
-    args = tyro.cli(Args, description=__doc__)
+    args = parse_args(Args, __doc__)
     if args.out is None and args.table:
         args.out = Path("results/libero/demonstrators.csv")
     elif args.out is None:

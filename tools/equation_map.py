@@ -12,9 +12,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import tyro
 
-from run_files import stop, write_atomically
+from run_files import parse_args, stop, write_atomically
 
 ENTRIES = [  # what the paper calls it, file, code
     ("Eq. 1, return of an episode", "train_aloha.py", "episode_return = success"),
@@ -45,7 +44,7 @@ ENTRIES = [  # what the paper calls it, file, code
 ]
 
 if __name__ == "__main__":
-    tyro.cli(lambda: None, description=__doc__)  # no flags but --help
+    parse_args(lambda: None, __doc__)  # no flags but --help
     rows = ["| | where | |", "|---|---|---|"]
     for name, file, code in ENTRIES:
         numbers = [i for i, line in enumerate((ROOT / file).read_text().splitlines(), 1) if code in line]

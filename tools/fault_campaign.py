@@ -25,13 +25,12 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 import psutil
 import torch
-import tyro
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
 from ranks import CPUS
-from run_files import stop, write_atomically
+from run_files import parse_args, stop, write_atomically
 
 SMALL = ("--num-envs 4 --num-workers 2 --rollout-decisions 4 --critic-warmup 1 --critic-epochs 6 --actor-epochs 4 --minibatch-size 8 --num-draws 4 "
          "--num-critics 2 --eval-episodes 4 --eval-every 1280 --total-env-steps 3840 --worker-timeout 40 --device cpu --seed 3").split()  # fmt: skip
@@ -319,7 +318,7 @@ FAULTS = {  # name: (fault, how many of N tries it gets)
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
+    args = parse_args(Args, __doc__.split("\n\n")[0])
     if args.tries < 1:
         stop(f"--tries is {args.tries}; give at least 1")
     if args.only and args.only not in FAULTS:

@@ -27,14 +27,13 @@ matplotlib.use("Agg")
 matplotlib.rcParams["svg.hashsalt"] = "the same file every time"
 import matplotlib.pyplot as plt
 import numpy as np
-import tyro
 from sklearn.covariance import ledoit_wolf
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from sklearn.metrics import silhouette_samples
 
 from results import COLORS, TABLE_2, evaluations, on_common_states, t_half, training_curves
-from run_files import load_checkpoint, make_out_folder, stop, write_atomically
+from run_files import load_checkpoint, make_out_folder, parse_args, stop, write_atomically
 
 BLUE, RED, GREEN, GREY = "#332288", "#cc6677", "#117733", "0.4"  # Paul Tol's muted scheme, safe for colour-blind readers
 POINTS = 400  # of a group in a t-SNE
@@ -515,7 +514,7 @@ def write_rows(path, columns, rows):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
+    args = parse_args(Args, __doc__.split("\n\n")[0])
     if args.out is None and (args.strip or (args.latents, args.exploration) != (Args.latents, Args.exploration)):
         stop("--out is missing: the pictures of other runs would replace those of results/figures; give a folder for them")
     args.out = args.out or ROOT / "results" / "figures"

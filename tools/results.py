@@ -17,13 +17,12 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-import tyro
 from scipy import stats
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from run_files import rate, wilson, write_atomically
+from run_files import parse_args, rate, wilson, write_atomically
 
 # folder, runs that count there, runs that are the seeds of the picture, its title, the paper's figure and its name
 PICTURES = (
@@ -343,7 +342,7 @@ def draw_curve(folder, seeds, title, papers, paper_label):
 
 
 if __name__ == "__main__":
-    tyro.cli(lambda: None, description=__doc__)  # no flags but --help
+    parse_args(lambda: None, __doc__)  # no flags but --help
     for name, counted, prefix, title, papers, paper_label in PICTURES:
         folder = ROOT / "results" / name
         runs = {path.parent.name: evaluations(path) for path in sorted(folder.glob(f"{counted}*/eval.csv"))}

@@ -29,11 +29,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import tyro
 from tqdm import tqdm
 
 from ranks import CORES
-from run_files import stop, write_atomically
+from run_files import parse_args, stop, write_atomically
 
 ALOHA = "train_aloha.py --total-env-steps 800000 --eval-every 200000 --eval-episodes 100"
 SHORT = "train_aloha.py --total-env-steps 400000 --eval-every 100000 --eval-episodes 100"
@@ -160,7 +159,7 @@ def run(row, seed, folder):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
+    args = parse_args(Args, __doc__.split("\n\n")[0])
     for row in args.rows:
         if row not in ROWS:
             stop(f"--rows has {row}, which is none of {', '.join(ROWS)}")

@@ -22,14 +22,13 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 import torch
-import tyro
 from tqdm import tqdm
 
 from base_flow import FlowBase
 from env_aloha import TrainingEnvs, Workers, evaluation_poses, play_episodes
 from fpo_actor import FlowActor, draw_flow_noise
 from ranks import CPUS
-from run_files import CsvLog, compare, evaluation_columns, new_run_folder, rate, save_checkpoint, stop, write_args
+from run_files import CsvLog, compare, evaluation_columns, new_run_folder, parse_args, rate, save_checkpoint, stop, write_args
 
 
 @dataclass
@@ -69,7 +68,7 @@ class Args:
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
+    args = parse_args(Args, __doc__.split("\n\n")[0])
     for name in ("total_env_steps", "num_envs", "num_workers", "rollout_decisions", "window", "updates", "minibatch_size", "actor_lr", "flow_steps",
                  "num_draws", "eval_every", "eval_episodes"):  # fmt: skip
         if not 0 < getattr(args, name) < math.inf:
@@ -91,7 +90,7 @@ if __name__ == "__main__":
     optimizer = torch.optim.Adam(actor.parameters(), args.actor_lr)
     generator = torch.Generator(device).manual_seed(args.seed)
 
-    folder = new_run_folder(args.run_name or f"cloning_{args.task}__seed{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}")
+    folder = new_run_folder(args.run_name, f"cloning_{args.task}__seed{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}")
     write_args(folder, args)
     METRICS = ("charts/env_steps charts/success charts/SPS eval/success eval/success_low eval/success_high eval/length eval/success_length eval/episodes "
                "losses/cloning latent/norm latent/std").split()  # fmt: skip

@@ -24,14 +24,13 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 import torch
-import tyro
 from torch import nn
 from tqdm import tqdm
 
 from base_flow import FlowBase
 from fpo_critic import QEnsemble, critic_loss, polyak_update, td_target
 from ranks import CPUS
-from run_files import CsvLog, compare, evaluation_columns, new_run_folder, rate, save_checkpoint, stop, write_args
+from run_files import CsvLog, compare, evaluation_columns, new_run_folder, parse_args, rate, save_checkpoint, stop, write_args
 
 
 @dataclass
@@ -109,7 +108,7 @@ class TanhGaussianActor(nn.Module):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
+    args = parse_args(Args, __doc__.split("\n\n")[0])
     aloha = args.task == "aloha"
     for name, for_aloha, for_libero in (("total_env_steps", 800_000, 250_000), ("eval_every", 200_000, 50_000), ("eval_episodes", 200, 50)):
         if getattr(args, name) is None:
@@ -127,10 +126,10 @@ if __name__ == "__main__":
         stop(f"--target-entropy is {args.target_entropy}, but within --bound {args.bound} an entropy stays below log(2 · {args.bound}) = "
              f"{math.log(2 * args.bound):.2f}; lower the one or raise the other")  # fmt: skip
     if not aloha:
-        from env_libero import NO_OPENGL, rendering_available
+        from env_libero import libero_problem
 
-        if not rendering_available():
-            stop(NO_OPENGL)
+        if problem := libero_problem():
+            stop(problem)
     if args.device == "cuda" and not torch.cuda.is_available():
         stop("--device is cuda, but torch finds no CUDA device here; use --device cpu or --device auto")
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
@@ -151,7 +150,7 @@ if __name__ == "__main__":
     alpha_optimizer = torch.optim.Adam([log_alpha], args.actor_lr)
     generator = torch.Generator(device).manual_seed(args.seed)
 
-    folder = new_run_folder(args.run_name or f"sac_{args.task}__seed{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}")
+    folder = new_run_folder(args.run_name, f"sac_{args.task}__seed{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}")
     write_args(folder, args)
     METRICS = ("charts/env_steps charts/success charts/SPS eval/success eval/success_low eval/success_high eval/length eval/success_length eval/episodes "
                "losses/actor losses/critic sac/temperature sac/entropy critic/q_mean latent/norm latent/std").split()  # fmt: skip
