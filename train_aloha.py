@@ -325,6 +325,8 @@ if __name__ == "__main__":
                 logs.latents.add(results["base"], np.flatnonzero(results["base"]["episode"] < LATENT_EPISODES))
         if not args.eval_only:
             envs = TrainingEnvs(workers, E, args.seed, own)
+            bar = tqdm(total=args.total_env_steps, initial=env_steps, unit="step", unit_scale=True, mininterval=mininterval, smoothing=0.1,
+                       disable=RANK > 0)  # fmt: skip
             if args.resume:
                 for name, part in learners.items():
                     part.load_state_dict(saved[name])
@@ -336,8 +338,6 @@ if __name__ == "__main__":
             else:
                 save("last.pt")
             s_t, context = base.encode(envs.observations)  # line 6, for the first decision
-            bar = tqdm(total=args.total_env_steps, initial=env_steps, unit="step", unit_scale=True, mininterval=mininterval, smoothing=0.1,
-                       disable=RANK > 0)  # fmt: skip
 
         # ---- for each iteration (line 2) ----
         while not args.eval_only and env_steps < args.total_env_steps:

@@ -54,7 +54,7 @@ def _call(function, jobs):
 
 def progress(iterable=None, total=None, description=None):
     """A progress bar, on stderr, for what may take long: it shows after three seconds. Under torchrun one process of a machine has it."""
-    return tqdm(iterable, total=total, desc=description, leave=False, delay=3, mininterval=0.5 if sys.stderr.isatty() else 30.0,
+    return tqdm(iterable, total=total, desc=description, leave=False, delay=3, mininterval=0.5 if sys.stderr.isatty() else 5.0,
                 disable=description is None or os.environ.get("LOCAL_RANK", "0") != "0")  # fmt: skip
 
 

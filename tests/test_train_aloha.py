@@ -131,11 +131,11 @@ def test_a_start_that_came_to_nothing_is_made_again(tmp_path, monkeypatch):
     from run_files import CsvLog, new_run_folder
 
     monkeypatch.chdir(tmp_path)
-    folder = new_run_folder("run")
+    folder = new_run_folder("run", "default")
     CsvLog(folder / "eval.csv", ["a"]).write({"a": 1})
     with pytest.raises(SystemExit):
-        new_run_folder("run")
-    CsvLog(new_run_folder("run", again=True) / "eval.csv", ["a"]).write({"a": 2})
+        new_run_folder("run", "default")
+    CsvLog(new_run_folder("run", "default", again=True) / "eval.csv", ["a"]).write({"a": 2})
     assert (folder / "eval.csv").read_text().split() == ["a", "2"]
 
 
