@@ -28,7 +28,7 @@ def test_every_logged_metric_is_explained():
             assert name in README, name
 
 
-OTHERS = {"logdir", "nproc-per-node", "max-restarts", "nnodes", "rdzv-backend", "rdzv-endpoint"}
+OTHERS = {"logdir", "nproc-per-node", "max-restarts", "nnodes", "rdzv-backend", "rdzv-endpoint", "python"}
 
 
 def test_every_flag_and_file_named_exists():
