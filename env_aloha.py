@@ -101,11 +101,15 @@ class Simulator:
     def reset(self, box_pose):
         """State and observation of an episode's start, as dm_control's reset leaves them. box_pose: (7,)."""
         model, data = self.model, self.data
-        mujoco.mj_resetData(model, data)
-        data.qpos[:16] = data.ctrl[:] = START_ARM_POSE
-        data.qpos[16:] = box_pose
+        # dm_control's order, in which the solver's warm start is what gym-aloha's is, to the last bit: a forward in the model's own
+        # pose, then one by the task's reset and one by the environment's around it
         flags = model.opt.disableflags
         model.opt.disableflags |= int(mujoco.mjtDisableBit.mjDSBL_ACTUATION)
+        mujoco.mj_resetData(model, data)
+        mujoco.mj_forward(model, data)
+        data.qpos[:16] = data.ctrl[:] = START_ARM_POSE
+        data.qpos[16:] = box_pose
+        mujoco.mj_forward(model, data)
         mujoco.mj_forward(model, data)
         model.opt.disableflags = flags
         return get_state(self.model, self.data), observe(data.qpos)
