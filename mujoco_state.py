@@ -17,16 +17,19 @@ import numpy as np
 
 # MuJoCo loads the OpenGL library that MUJOCO_GL names when it is imported. Physics needs none, so a machine without one trains all
 # the same. What needs OpenGL asks `opengl_problem` first.
-if platform.system() == "Linux" and "MUJOCO_GL" not in os.environ:
+MUJOCO_GL = os.environ.get("MUJOCO_GL") or "not set"
+if platform.system() == "Linux" and MUJOCO_GL == "not set":
     os.environ["MUJOCO_GL"] = "egl" if ctypes.util.find_library("EGL") else "disable"
-    MUJOCO_GL = "not set"
-else:
-    MUJOCO_GL = os.environ.get("MUJOCO_GL", "not set")
+    os.environ["PYOPENGL_PLATFORM"] = "egl"  # what another program wants there would be refused
 try:
     import mujoco
-except Exception:  # each OpenGL library that is not there fails in a way of its own
+except Exception as error:  # each OpenGL library that is not there fails in a way of its own
     os.environ["MUJOCO_GL"] = "disable"
     import mujoco
+
+    WORDS = f" ({' '.join(str(error).split())})"
+else:
+    WORDS = ""
 
 STATE_SPEC = int(
     mujoco.mjtState.mjSTATE_TIME
@@ -64,12 +67,12 @@ def opengl_problem(pictures=True):
     if MUJOCO_GL not in ("not set", "egl"):
         fix = f"unset it, and where EGL is missing {fix}"
     if not hasattr(mujoco, "GLContext"):
-        return f"MUJOCO_GL is {MUJOCO_GL}, and no OpenGL library could be loaded; {fix}"
+        return f"MUJOCO_GL is {MUJOCO_GL}, and no OpenGL library could be loaded{WORDS}; {fix}"
     if not pictures:
         return None
     # a library without a device or a display, a device number that does not exist: tried in a process of its own, which may crash
     draw = "import mujoco; mujoco.Renderer(mujoco.MjModel.from_xml_string('<mujoco/>'), 16, 16)"
-    tried = subprocess.run([sys.executable, "-c", draw], capture_output=True, text=True)
+    tried = subprocess.run([sys.executable, "-P", "-c", draw], capture_output=True, text=True)
     if tried.returncode:
         reasons = [line for line in tried.stderr.splitlines() if re.match(r"[\w.]*(Error|Exception)\b", line)]
         return f"MUJOCO_GL is {MUJOCO_GL}, and OpenGL does not start ({reasons[0] if reasons else 'it crashes'}); {fix}"

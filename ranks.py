@@ -6,21 +6,37 @@ Every rank has its own environments, base and buffer, and a copy of actor and cr
 and use their own part of them; so n ranks of m environments are the same algorithm, on the same draws, as one rank of n·m.
 """
 
+import contextlib
 import os
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))  # that this process may use
-CPUS = max(1, len(CORES) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # of this rank
-RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # by torchrun --max-restarts
+from run_files import stop
+
+
+def cores(cgroup=Path("/sys/fs/cgroup")):
+    """How many cores this process may use: those that it may run on, or fewer where a container has a quota."""
+    free = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # "max 100000" is no quota
+        quota, period = (int(number) for number in (cgroup / "cpu.max").read_text().split())
+        free = min(free, max(1, quota // period))
+    return free
+
+
+RANK, WORLD = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
+CPUS = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE") or 1))  # of this rank
+RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)  # by torchrun --max-restarts
 
 
 def connect(device):
-    """Join the other ranks; "cuda" becomes this rank's own GPU. -> device"""
+    """Join the other ranks; "cuda" becomes this rank's own GPU. -> device. Stops if a platform has set WORLD_SIZE without torchrun."""
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if WORLD > 1 and missing:
+        stop(f"WORLD_SIZE is {WORLD}, but {' and '.join(missing)} are not set; unset WORLD_SIZE, or start with torchrun")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)

@@ -6,6 +6,8 @@ videos, and one clear sentence for bad input.
 
 import contextlib
 import csv
+import errno
+import fcntl
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -15,8 +17,11 @@ import json
 import math
 import os
 import platform
+import re
 import signal
+import subprocess
 import sys
+import zipfile
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -48,15 +53,18 @@ class LastingStream:
         return self._lasting(self.stream.flush)
 
 
-def parse_args(cls, description=None):
-    """The command line as an instance of the dataclass `cls`. From here on nothing that is printed can end the program: letters that a
-    terminal or log cannot show become "?", and one that goes away is no longer written to."""
+def parse_args(cls, description):
+    """The command line as an instance of the dataclass `cls`, and the first paragraph of `description` (None under -OO) in its help. From
+    here on nothing that is printed can end the program: letters that a terminal or log cannot show become "?", and one that goes away
+    or was never there is not written to."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if isinstance(stream, io.TextIOWrapper):
+        if stream is None:  # closed, by cron say
+            setattr(sys, name, open(os.devnull, "w"))
+        elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
             setattr(sys, name, LastingStream(stream))
-    return tyro.cli(cls, description=description)
+    return tyro.cli(cls, description=(description or "").split("\n\n")[0])
 
 
 def say(message):
@@ -128,6 +136,13 @@ def check_args(args):
              "give --explore-grid end")  # fmt: skip
     if args.video and args.eval_only and not args.checkpoint:
         stop("--video shows the base and the tuned actor side by side; with --eval-only give --checkpoint runs/<name>/last.pt too")
+    if args.video:
+        import imageio_ffmpeg
+
+        try:
+            subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-version"], capture_output=True, check=True)
+        except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
+            stop(f"--video needs ffmpeg, which does not start ({error}); unset IMAGEIO_FFMPEG_EXE, or pip install imageio[ffmpeg]")
     if args.eval_only and args.resume:
         stop("--eval-only and --resume exclude each other; to evaluate a run give --eval-only --checkpoint runs/<name>/last.pt")
     if args.checkpoint and not args.eval_only:
@@ -170,7 +185,11 @@ def write_atomically(path, data):
         with open(partial, "wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            try:
+                os.fsync(file.fileno())
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):  # some network and FUSE folders have no fsync
+                    raise
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -211,12 +230,16 @@ def load_checkpoint(path, flag, task):
 def new_run_folder(name, default, again=False):
     """Create runs/<name>, or where no name was given runs/<default>, which gets a number if it is there already; stop if it cannot be
     made, or if <name> is there, unless a start that came to nothing made it (`again`)."""
-    if name is not None and (name in ("", "..") or Path(name).name != name):
-        stop(f"--run-name is {name!r}, but it must be the name of one folder, which is made in runs/; leave the path out")
+    if name is not None and (name in ("", "..") or Path(name).name != name or not name.isprintable()):
+        stop(f"--run-name is {name!r}, but it must be the name of one folder, which is made in runs/; leave path and control letters out")
+    try:
+        Path("runs").mkdir(exist_ok=True)
+    except OSError as error:  # a link into nothing is an existing file that is no folder
+        stop(f"runs cannot be made a folder ({error.strerror}); start where you may write")
     for number in itertools.count(1):
         folder = Path("runs") / (name or (default if number == 1 else f"{default}__{number}"))
         try:
-            folder.mkdir(parents=True, exist_ok=again)
+            folder.mkdir(exist_ok=again)
             return folder
         except FileExistsError:
             if name:
@@ -244,16 +267,19 @@ def write_args(folder, args):
     write_atomically(folder / "args.json", text.encode())
 
 
-def resumed_args(cls, folder, argv=None, free=("resume", "total_env_steps", "num_workers", "worker_timeout", "video", "track")):
+FREE = ("resume", "total_env_steps", "num_workers", "worker_timeout", "video", "track", "weights")  # what --resume may change
+
+
+def resumed_args(cls, folder, argv=None, free=FREE):
     """The flags of the run in `folder`, of class `cls`, with what the command line (argv, or the program's own) changes of the `free` ones.
-    Other flags would change the run: stop there. total_env_steps is free, so that a run can be made longer; with anneal_lr the learning
+    Other flags would change the run: stop there. weights may have moved, their checksum is that of the run. total_env_steps is free, so that a run can be made longer; with anneal_lr the learning
     rate then follows the new length."""
     path = Path(folder) / "args.json"
     try:
         saved = json.loads(path.read_text())["args"]
     except OSError:
         stop(f"--resume is {folder}, where there is no run (no args.json); give a folder such as runs/<name>")
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         stop(f"--resume: {path} is damaged; restore it, or start a new run")
     of_run = cls(**dict({field.name: saved[field.name] for field in fields(cls) if field.name in saved}, resume=str(folder)))
     args = tyro.cli(cls, default=of_run, args=argv)
@@ -262,6 +288,16 @@ def resumed_args(cls, folder, argv=None, free=("resume", "total_env_steps", "num
             stop(f"--resume takes --{field.name.replace('_', '-')} from the run itself; leave that flag out")
     args.resume = str(folder)
     return args
+
+
+def lock_folder(folder):
+    """Keep other processes out of a run folder until this one ends, however it ends; stop if one is in there already."""
+    try:
+        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        stop(f"--resume is {folder}, but another process is running in it at this moment; wait for its end, or stop it")
+    except OSError:  # a network folder without locks
+        pass
 
 
 @contextlib.contextmanager
@@ -274,9 +310,11 @@ def clean_end(script, folder):
         interrupts.append(number)
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGINT, interrupt)
-    signal.signal(signal.SIGTERM, interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGXCPU):  # the last two: what Slurm and SGE send before the end
+        signal.signal(number, interrupt)
     try:
+        if os.environ.get("RANK", "0") == "0":  # the rank that writes
+            lock_folder(folder)
         yield interrupts
     except KeyboardInterrupt:
         say(f"\nstopped. To go on: {resume}" if saved() else "\nstopped before the first checkpoint")
@@ -285,7 +323,7 @@ def clean_end(script, folder):
         stop(f"{error}. {f'Then: {resume}' if saved() else 'No checkpoint was written yet'}", code=1)
     except OSError as error:  # a full disk, say; files are written whole or not at all
         then = f"mend that, then go on with {resume}" if saved() else "no checkpoint was written yet"
-        stop(f"{error.filename or folder} cannot be written or read ({error.strerror or error}); {then}", code=1)
+        stop(f"{os.fsdecode(error.filename or folder)} cannot be written or read ({error.strerror or error}); {then}", code=1)
 
 
 class RunLogs:
@@ -307,7 +345,8 @@ class RunLogs:
             import wandb
 
             with self._tracking():
-                self.track = wandb.init(project="fpo", name=folder.name, id=folder.name, resume="allow", dir=folder, config=asdict(args))
+                self.track = wandb.init(project="fpo", name=folder.name, id=re.sub(r"[:;,#?/'\\]", "-", folder.name), resume="allow",
+                                        dir=folder, config=asdict(args))  # fmt: skip
 
     def write(self, row, env_steps):
         """A row of metrics, after env_steps control steps; "" is an empty cell."""
@@ -338,6 +377,8 @@ class CsvLog:
         if keep is not None:
             with open(path, newline="") as file:
                 lines = file.readlines()[: keep + 1]
+            if len(lines) <= keep or lines[0].strip().split(",") != list(columns):
+                stop(f"--resume: {path} is damaged, it lacks rows of the run or their names; restore it, or start a new run")
             write_atomically(path, "".join(lines).encode())
             self.rows = keep
         else:
@@ -361,9 +402,12 @@ class LatentLog:
     def __init__(self, path, until=None):
         self.path, self.columns = path, {}
         if until is not None and path.exists():
-            with np.load(path) as file:
-                known = file["env_steps"] <= until
-                self.columns = {key: [file[key][known]] for key in file}
+            try:
+                with np.load(path) as file:
+                    known = file["env_steps"] <= until
+                    self.columns = {key: [file[key][known]] for key in file}
+            except (ValueError, KeyError, EOFError, zipfile.BadZipFile):
+                stop(f"--resume: {path} is damaged; restore it, or remove it and do without the latents up to here")
 
     def add(self, result, chosen):
         """result: of an evaluation, with `drawn`, an array (decisions, 2, D) of latents an episode. chosen: episodes to keep."""

@@ -1,4 +1,5 @@
 """Flow Policy Optimization (FPO) on ALOHA Transfer Cube: Algorithm 1 of arXiv 2510.09976, top to bottom.
+D1 … D14: README, "What the paper leaves open".
 
     python train_aloha.py --seed 1                                         # train; a quarter of an hour or more on two cores
     python train_aloha.py --resume runs/<name>                             # go on after an interruption, bit for bit
@@ -7,7 +8,6 @@
 
 A frozen base policy turns noise into an action chunk. The actor π_θ, a small flow, learns which noise to send. Its
 parts stand in fpo_actor.py, fpo_critic.py, fpo_loss.py and fpo_buffer.py; here they are wired together.
-D1 … D14: README, "What the paper leaves open".
 """
 
 import os
@@ -147,7 +147,7 @@ class Args:
 
 
 if __name__ == "__main__":
-    args = parse_args(Args, __doc__.split("\n\n")[0] + ' D1 … D14: README, "What the paper leaves open".')
+    args = parse_args(Args, __doc__)
 
     # imported after the flags, so that --help need not wait, and here, so that simulator processes do without torch
     import numpy as np
@@ -194,7 +194,7 @@ if __name__ == "__main__":
             base = Pi0Base.load(weights, "aloha", ("top",), device, compile=args.compile, latent=args.latent, latent_modes=args.latent_modes,
                                 chunk_steps=args.chunk_steps, openpi_aloha=args.openpi_aloha)  # fmt: skip
         else:
-            weights = args.weights or Path(__file__).parent / "weights" / "aloha.safetensors"
+            weights = args.weights or Path(__file__).resolve().parent / "weights" / "aloha.safetensors"
             base = FlowBase.load(weights, device=device, task=TASK)
     except ValueError as error:
         stop(f"--base {args.base} --weights {weights}: {error}")
@@ -249,11 +249,6 @@ if __name__ == "__main__":
         "latent/explore_shift"
     ).split()
     EPISODES = "policy env_steps episode success strict length diverged cube_x cube_y".split()
-    if RANK == 0:  # the others compute, and write nothing
-        if not args.resume:
-            write_args(folder, args)
-        logs = RunLogs(folder, args, METRICS, EPISODES, saved if args.resume else None)
-
     @torch.no_grad()
     def evaluate(policy, num_episodes, record=False, log=True):
         """Play whole episodes of `policy` ("base", "zero latents" or "tuned") on the evaluation states. No exploration."""
@@ -312,6 +307,11 @@ if __name__ == "__main__":
         return seconds + time.perf_counter() - start
 
     with clean_end("train_aloha.py", folder) as interrupts, Workers(args.num_workers, base.pictures, args.worker_timeout) as workers:
+        if RANK == 0:  # the others compute, and write nothing
+            if not args.resume:
+                write_args(folder, args)
+            logs = RunLogs(folder, args, METRICS, EPISODES, saved if args.resume else None)
+
         # ---- the untouched base first, before any update ----
         results = {}  # policy: its last evaluation
         if args.eval_only or not args.resume:

@@ -1,4 +1,5 @@
 """Flow Policy Optimization (FPO) on LIBERO: Algorithm 1 of arXiv 2510.09976, top to bottom.
+D1 … D14: README, "What the paper leaves open".
 
     python train_libero.py --seed 1                                        # butter/tray, the paper's ablation task
     python train_libero.py --suite libero_goal --seed 1                    # one actor over the tasks of a suite
@@ -9,7 +10,6 @@
 A frozen base policy turns noise into an action chunk. The actor π_θ, a small flow, learns which noise to send. Its
 parts stand in fpo_actor.py, fpo_critic.py, fpo_loss.py and fpo_buffer.py; here they are wired together.
 From "for each iteration" to the checkpoint the lines are those of train_aloha.py.
-D1 … D14: README, "What the paper leaves open".
 """
 
 import os
@@ -150,7 +150,7 @@ class Args:
 
 
 if __name__ == "__main__":
-    args = parse_args(Args, __doc__.split("\n\n")[0] + ' D1 … D14: README, "What the paper leaves open".')
+    args = parse_args(Args, __doc__)
 
     # imported after the flags, so that --help need not wait, and here, so that simulator processes do without torch
     import numpy as np
@@ -212,7 +212,7 @@ if __name__ == "__main__":
             if not args.weights and args.suite == "libero_90" and task_ids != [56]:
                 stop(f"--task-ids is {args.task_ids}, and of libero_90 a base ships for task 56 alone; give --task-ids 56, another --suite, "
                      "a base of your own with --weights, or --base pi0")  # fmt: skip
-            weights = args.weights or Path(__file__).parent / "weights" / f"{task}.safetensors"
+            weights = args.weights or Path(__file__).resolve().parent / "weights" / f"{task}.safetensors"
             base = FlowBase.load(weights, device=device, task=task)
     except ValueError as error:
         stop(f"--base {args.base} --weights {weights}: {error}")
@@ -273,11 +273,6 @@ if __name__ == "__main__":
         "latent/explore_shift"
     ).split()
     EPISODES = "policy env_steps task_id episode success length diverged".split()
-    if RANK == 0:  # the others compute, and write nothing
-        if not args.resume:
-            write_args(folder, args)
-        logs = RunLogs(folder, args, METRICS, EPISODES, saved if args.resume else None)
-
     @torch.no_grad()
     def evaluate(policy, num_episodes, record=False, log=True):
         """Play `num_episodes` official initial states of every task with `policy` ("base", "zero latents" or "tuned"). No exploration."""
@@ -338,6 +333,11 @@ if __name__ == "__main__":
         return seconds + time.perf_counter() - start
 
     with clean_end("train_libero.py", folder) as interrupts, Workers(args.num_workers, args.suite, covered, base.pictures, args.worker_timeout) as workers:
+        if RANK == 0:  # the others compute, and write nothing
+            if not args.resume:
+                write_args(folder, args)
+            logs = RunLogs(folder, args, METRICS, EPISODES, saved if args.resume else None)
+
         # ---- the untouched base first, before any update ----
         results = {}  # policy: its last evaluation
         if args.eval_only or not args.resume:

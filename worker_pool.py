@@ -70,9 +70,15 @@ class WorkerPool:
     def _start(self):
         # spawn: a forked child of a process that runs torch threads or CUDA may hang
         context = multiprocessing.get_context("spawn")
-        self.executor = ProcessPoolExecutor(
-            self.num_workers, mp_context=context, initializer=_start_worker, initargs=self.initargs
-        )
+        sys.modules["__main__"].__dict__.setdefault("__spec__", None)  # under pdb it is missing, and spawn asks for it
+        try:
+            self.executor = ProcessPoolExecutor(
+                self.num_workers, mp_context=context, initializer=_start_worker, initargs=self.initargs
+            )
+        except OSError as error:
+            raise ChildProcessError(
+                f"simulator processes cannot be started ({error.strerror}); they need room in /dev/shm (in Docker: --shm-size)"
+            ) from None
 
     def map(self, function, *columns, may_lose=False, description=None):
         """[function(simulator, *job) for job in zip(*columns)], spread over the workers. ChildProcessError if a job is lost;

@@ -1,12 +1,15 @@
 """Other people's machines: situations from public bug reports of the projects that users come from. README.md here is their log."""
 
 import ctypes.util
+import errno
+import fcntl
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 import types
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +19,17 @@ from packaging.requirements import Requirement
 
 from mujoco_state import opengl_problem  # before mujoco
 from env_libero import Simulator, official
-from run_files import RunLogs, new_run_folder
-from test_train_aloha import ROOT, SMALL, command, rows, train
+from ranks import cores
+from run_files import CsvLog, LatentLog, RunLogs, clean_end, new_run_folder, resumed_args, write_atomically
+from test_train_aloha import ROOT, SMALL, command, rows
 from worker_pool import WorkerPool
+
+import worker_pool
+
+@dataclass
+class Tracked:
+    track: bool = True
+
 
 SHORT = [*SMALL, "--eval-episodes", "1", "--total-env-steps", "64"]
 
@@ -90,6 +101,58 @@ def test_help_waits_for_nothing_heavy(tmp_path):
         assert not imported & {"torch", "mujoco", "numba", "scipy", "pandas", "robosuite"}
 
 
+def test_no_terminal_at_all(tmp_path):
+    closed = ("sh", "-c", 'exec "$@" >&- 2>&-', "sh")  # as cron may start it
+    assert run("train_aloha.py", tmp_path, *SHORT, "--run-name", "mute", prefix=closed).returncode == 0
+    assert rows(tmp_path / "runs" / "mute" / "metrics.csv")
+
+
+def test_started_through_a_link_and_without_docstrings(tmp_path):
+    (tmp_path / "link.py").symlink_to(ROOT / "train_aloha.py")
+    result = run(tmp_path / "link.py", tmp_path, "--latent-dim", 99)
+    assert result.returncode == 2 and "has 24 latent dimensions" in result.stderr, result.stderr  # so it has found the base
+    assert run("train_aloha.py", tmp_path, "--help", PYTHONOPTIMIZE="2").returncode == 0
+
+
+def test_settings_for_other_programs(tmp_path):
+    """PyOpenGL's platform, two ways of counting GPUs, and a cache folder that is relative."""
+    result = run("env_libero.py", tmp_path, PYOPENGL_PLATFORM="osmesa", CUDA_VISIBLE_DEVICES="1", MUJOCO_EGL_DEVICE_ID="0",
+                 XDG_CACHE_HOME="cache", MUJOCO_GL="")  # fmt: skip
+    assert result.returncode == 0 and "pictures: available" in result.stdout, result.stderr
+
+
+def test_another_libero_is_named(tmp_path):
+    (tmp_path / "hf_libero-0.1.4.dist-info").mkdir()
+    (tmp_path / "hf_libero-0.1.4.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: hf-libero\nVersion: 0.1.4\n")
+    result = run("train_libero.py", tmp_path, *SHORT, PYTHONPATH=str(tmp_path))
+    assert result.returncode == 2 and "hf-libero 0.1.4" in result.stderr and not (tmp_path / "runs").exists(), result.stderr
+
+
+def test_a_damaged_cache_of_numba(tmp_path):
+    (tmp_path / "tiny.py").write_text("import env_libero, numba\n@numba.njit(cache=True)\ndef f(x): return x + 1\nprint(f(1))")
+    for _ in range(2):
+        result = run(tmp_path / "tiny.py", tmp_path, NUMBA_CACHE_DIR=str(tmp_path / "cache"), PYTHONPATH=str(ROOT))
+        assert result.stdout == "2\n", result.stderr
+        files = list((tmp_path / "cache").rglob("*.nbi"))
+        assert files
+        for file in files:  # a power cut
+            file.write_bytes(b"")
+
+
+def test_cores_of_a_container(tmp_path):
+    free = len(os.sched_getaffinity(0))
+    assert cores(tmp_path) == free
+    for quota, expected in (("max 100000", free), ("150000 100000", 1), ("50000 100000", 1), ("9900000 100000", free)):
+        (tmp_path / "cpu.max").write_text(quota)
+        assert cores(tmp_path) == expected
+
+
+def test_a_world_size_that_a_platform_has_left(tmp_path):
+    result = run("train_aloha.py", tmp_path, *SHORT, WORLD_SIZE="2", RANK=None, MASTER_ADDR=None, MASTER_PORT=None)
+    assert result.returncode == 2 and "WORLD_SIZE is 2" in result.stderr and "torchrun" in result.stderr, result.stderr
+    assert not list(tmp_path.iterdir())
+
+
 # ---- simulators that fail ----
 
 
@@ -125,6 +188,21 @@ def test_a_simulator_that_cannot_be_built_ends_the_run_with_one_sentence(tmp_pat
     assert "/nowhere" in last and "killed" not in result.stderr and result.stderr.count("/nowhere") == 1
 
 
+def test_no_shared_memory(monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(worker_pool, "ProcessPoolExecutor", refuse)
+    with pytest.raises(ChildProcessError, match="No space left.*/dev/shm"):
+        WorkerPool(1, dict)
+
+
+def test_simulators_start_under_the_debugger(monkeypatch):
+    monkeypatch.delattr(sys.modules["__main__"], "__spec__")
+    with WorkerPool(1, dict) as pool:
+        assert pool.map(_broken_job, [1, 2]) == [1, 2]
+
+
 # ---- OpenGL ----
 
 
@@ -154,10 +232,15 @@ def test_liberos_pictures_are_those_that_policies_were_trained_on():
     assert abs(picture.mean() - 139.1) < 3
 
 
+def test_ffmpeg_is_looked_for_first(tmp_path):
+    result = run("train_aloha.py", tmp_path, *SHORT, "--video", IMAGEIO_FFMPEG_EXE="/nowhere")
+    assert result.returncode == 2 and "IMAGEIO_FFMPEG_EXE" in result.stderr and not list(tmp_path.iterdir()), result.stderr
+
+
 # ---- flags, folders and requirements ----
 
 
-@pytest.mark.parametrize("name", ["../../x", "a/b", "/tmp/x", "..", ".", "", "x/"])
+@pytest.mark.parametrize("name", ["../../x", "a/b", "/tmp/x", "..", ".", "", "x/", "a\nb", "na\udcefve"])
 def test_a_run_name_is_one_folder(tmp_path, monkeypatch, capsys, name):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
@@ -169,6 +252,72 @@ def test_a_run_name_is_one_folder(tmp_path, monkeypatch, capsys, name):
 def test_runs_of_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert [new_run_folder(None, "run").name for _ in range(3)] == ["run", "run__2", "run__3"]
+
+
+def test_a_runs_folder_that_leads_nowhere(tmp_path):
+    (tmp_path / "runs").symlink_to("/nowhere/else")
+    command = [sys.executable, "-c", "import run_files; run_files.new_run_folder(None, 'x')"]
+    result = subprocess.run(command, cwd=tmp_path, env=os.environ | dict(PYTHONPATH=str(ROOT)), capture_output=True, text=True, timeout=30)
+    assert result.returncode == 2 and "runs cannot be made a folder" in result.stderr
+
+
+def test_two_processes_on_one_run(tmp_path):
+    """The second resume is refused before it changes a file. Then weights that have moved; only the run's own are taken."""
+    weights = tmp_path / "mine.safetensors"
+    shutil.copy(ROOT / "weights" / "aloha.safetensors", weights)
+    folder = tmp_path / "runs" / "r"
+    result = run("train_aloha.py", tmp_path, *SHORT, "--weights", "mine.safetensors", "--run-name", "r")
+    assert result.returncode == 0, result.stderr
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    running = os.open(folder, os.O_RDONLY)
+    fcntl.flock(running, fcntl.LOCK_EX)
+    result = run("train_aloha.py", tmp_path, "--resume", "runs/r", "--total-env-steps", 400)
+    assert result.returncode == 2 and "another process" in result.stderr, result.stderr
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    os.close(running)
+    weights.rename(tmp_path / "moved.safetensors")
+    result = run("train_aloha.py", tmp_path, "--resume", "runs/r", "--total-env-steps", 400, "--weights", "moved.safetensors")
+    assert result.returncode == 0, result.stderr
+
+
+def test_damaged_files_of_a_run(tmp_path, capsys):
+    for text in (None, "", "a\n", "b\n1\n"):
+        if text is not None:
+            (tmp_path / "metrics.csv").write_text(text)
+        with pytest.raises(OSError if text is None else SystemExit):
+            CsvLog(tmp_path / "metrics.csv", ["a"], keep=1)
+    (tmp_path / "latents.npz").write_bytes(b"")
+    (tmp_path / "args.json").write_text("[]")
+    for read in (lambda: LatentLog(tmp_path / "latents.npz", until=1), lambda: resumed_args(Tracked, tmp_path, [])):
+        with pytest.raises(SystemExit):
+            read()
+    assert capsys.readouterr().err.count("is damaged") == 5
+
+
+def test_a_folder_without_fsync(tmp_path, monkeypatch):
+    def fail(number):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    code = errno.EINVAL
+    write_atomically(tmp_path / "file", b"whole")
+    code = errno.EIO  # a disk that breaks is another matter
+    with pytest.raises(OSError):
+        write_atomically(tmp_path / "file", b"lost")
+    assert (tmp_path / "file").read_bytes() == b"whole"
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGXCPU])
+def test_the_warning_of_a_batch_system_stops_as_ctrl_c_does(tmp_path, number, capsys):
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGXCPU)}
+    (tmp_path / "last.pt").touch()
+    with pytest.raises(SystemExit) as stopped:
+        with clean_end("train.py", tmp_path):
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+    assert stopped.value.code == 130 and f"python train.py --resume {tmp_path}" in capsys.readouterr().err
+    for n, handler in handlers.items():
+        signal.signal(n, handler)
 
 
 def test_starting_many_environments_shows_progress_and_can_be_interrupted(tmp_path):
@@ -208,11 +357,6 @@ def test_pip_ends_at_once_on_another_python(tmp_path):
 # ---- Weights & Biases ----
 
 
-@dataclass
-class Tracked:
-    track: bool = True
-
-
 def test_tracking_without_a_key_and_without_a_terminal(tmp_path):
     result = run("train_aloha.py", tmp_path, *SHORT, "--track", HOME=str(tmp_path), WANDB_API_KEY=None, WANDB_MODE=None, NETRC=str(tmp_path / "no"))
     assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
@@ -226,10 +370,12 @@ def test_a_failure_of_tracking_does_not_end_the_run(tmp_path, monkeypatch, capsy
         raise ConnectionError("the network\nis away")
 
     tracked = types.SimpleNamespace(log=fail)
-    wandb = types.SimpleNamespace(init=fail if failing == "init" else lambda **_: tracked)
+    wandb = types.SimpleNamespace(init=fail if failing == "init" else lambda id, **_: tracked if ":" not in id else fail())
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    logs = RunLogs(tmp_path, Tracked(), ["a"], ["b"])
+    folder = tmp_path / "a:b"  # a letter that wandb does not take
+    folder.mkdir()
+    logs = RunLogs(folder, Tracked(), ["a"], ["b"])
     for a in (1, 2):
         logs.write(dict(a=a), a)
-    assert [row["a"] for row in rows(tmp_path / "metrics.csv")] == ["1", "2"]
+    assert [row["a"] for row in rows(folder / "metrics.csv")] == ["1", "2"]
     assert capsys.readouterr().err.count("ConnectionError: the network is away") == 1

@@ -160,7 +160,7 @@ def draw(tables, path, title):
 
 
 if __name__ == "__main__":
-    args = parse_args(Args, __doc__.split("\n\n")[0])
+    args = parse_args(Args, __doc__)
     for name in args.runs:
         if name not in RUNS:
             stop(f"--runs has {name}, which is none of {', '.join(RUNS)}")

@@ -283,7 +283,7 @@ def run(args):
 
 
 def main():
-    args = parse_args(Args)
+    args = parse_args(Args, __doc__)
     if problem := check(args):
         print(problem, file=sys.stderr)
         sys.exit(2)

@@ -318,7 +318,7 @@ FAULTS = {  # name: (fault, how many of N tries it gets)
 
 
 if __name__ == "__main__":
-    args = parse_args(Args, __doc__.split("\n\n")[0])
+    args = parse_args(Args, __doc__)
     if args.tries < 1:
         stop(f"--tries is {args.tries}; give at least 1")
     if args.only and args.only not in FAULTS:

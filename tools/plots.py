@@ -514,7 +514,7 @@ def write_rows(path, columns, rows):
 
 
 if __name__ == "__main__":
-    args = parse_args(Args, __doc__.split("\n\n")[0])
+    args = parse_args(Args, __doc__)
     if args.out is None and (args.strip or (args.latents, args.exploration) != (Args.latents, Args.exploration)):
         stop("--out is missing: the pictures of other runs would replace those of results/figures; give a folder for them")
     args.out = args.out or ROOT / "results" / "figures"

@@ -31,7 +31,6 @@ sys.path.insert(0, str(ROOT))
 
 from tqdm import tqdm
 
-from ranks import CORES
 from run_files import parse_args, stop, write_atomically
 
 ALOHA = "train_aloha.py --total-env-steps 800000 --eval-every 200000 --eval-episodes 100"
@@ -76,6 +75,9 @@ MEANS = "losses/cfm_loss losses/delta_std losses/clip_fraction losses/floor_shar
 COLUMNS = ["row", "seed", "policy", "env_steps", "successes", "episodes", "status", "minutes", "steps_to_90", *MEANS, "command"]
 CURVE = dict(env_steps="charts/env_steps", success="charts/success", norm="latent/norm")  # columns of runs_curves.csv, and of metrics.csv
 RESUMED = ("train_aloha.py", "train_libero.py")
+
+
+CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
 @dataclass
@@ -159,7 +161,7 @@ def run(row, seed, folder):
 
 
 if __name__ == "__main__":
-    args = parse_args(Args, __doc__.split("\n\n")[0])
+    args = parse_args(Args, __doc__)
     for row in args.rows:
         if row not in ROWS:
             stop(f"--rows has {row}, which is none of {', '.join(ROWS)}")

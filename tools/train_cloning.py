@@ -68,7 +68,7 @@ class Args:
 
 
 if __name__ == "__main__":
-    args = parse_args(Args, __doc__.split("\n\n")[0])
+    args = parse_args(Args, __doc__)
     for name in ("total_env_steps", "num_envs", "num_workers", "rollout_decisions", "window", "updates", "minibatch_size", "actor_lr", "flow_steps",
                  "num_draws", "eval_every", "eval_episodes"):  # fmt: skip
         if not 0 < getattr(args, name) < math.inf:

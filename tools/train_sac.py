@@ -108,7 +108,7 @@ class TanhGaussianActor(nn.Module):
 
 
 if __name__ == "__main__":
-    args = parse_args(Args, __doc__.split("\n\n")[0])
+    args = parse_args(Args, __doc__)
     aloha = args.task == "aloha"
     for name, for_aloha, for_libero in (("total_env_steps", 800_000, 250_000), ("eval_every", 200_000, 50_000), ("eval_episodes", 200, 50)):
         if getattr(args, name) is None:
