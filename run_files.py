@@ -93,7 +93,6 @@ def set_literal(args):
 
 def check_args(args):
     """Stop with a clear sentence at the first impossible flag value."""
-    import torch
 
     def require(ok, name, text):
         if not ok:
@@ -123,7 +122,7 @@ def check_args(args):
     require(0 <= args.gae_lambda <= 1, "gae_lambda", "it must lie in [0, 1]")
     require(0 < args.tau <= 1, "tau", "the Polyak step must lie in (0, 1]")
     require(args.sigma_floor is None or args.sigma_floor > 0, "sigma_floor", "it must be positive (D2)")
-    if args.device == "cuda" and not torch.cuda.is_available():
+    if args.device == "cuda" and not importlib.import_module("torch").cuda.is_available():
         if args.resume:
             stop(f"--resume is {args.resume}, a run of a GPU, whose random numbers a CPU cannot go on with; resume it where torch finds a CUDA device")
         stop("--device is cuda, but torch finds no CUDA device here; use --device cpu or --device auto")

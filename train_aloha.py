@@ -25,7 +25,10 @@ from typing import Literal
 import tyro
 from tqdm import tqdm
 
-from run_files import parse_args
+from run_files import (
+    RunLogs, check_args, clean_end, compare, evaluation_columns, load_checkpoint, new_run_folder, parse_args, print_gain, rate,
+    resumed_args, save_checkpoint, set_literal, stop, write_args, write_side_by_side,
+)  # fmt: skip
 
 TASK = "aloha"
 FRESH_LATENTS = 4  # J of D5
@@ -143,13 +146,24 @@ class Args:
     run_name: str | None = None
     """folder below runs/; <task>__seed<seed>__<time> if left out"""
     resume: str | None = None
-    """run folder to continue; flags come from there, but for --total-env-steps, --num-workers, --worker-timeout, --video and --track"""
+    """run folder to continue; flags come from there, but for --weights, --total-env-steps, --num-workers, --worker-timeout, --video and --track"""
 
 
 if __name__ == "__main__":
     args = parse_args(Args, __doc__)
+    if args.resume:
+        args = resumed_args(Args, args.resume)
+    elif int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) and args.run_name and (Path("runs") / args.run_name / "last.pt").exists():
+        args = resumed_args(Args, f"runs/{args.run_name}", argv=[])  # torchrun --max-restarts: a rank has died
+    if args.literal:
+        set_literal(args)
+    if args.base == "pi0" and args.checkpoint and not args.checkpoint.endswith(".pt"):
+        if args.weights:
+            stop(f"--checkpoint is {args.checkpoint}, which names a base (it does not end in .pt), and so does --weights {args.weights}; leave one out")
+        args.weights, args.checkpoint = args.checkpoint, None
+    check_args(args)
 
-    # imported after the flags, so that --help need not wait, and here, so that simulator processes do without torch
+    # imported after the flags, so that --help and bad input need not wait, and here, so that simulator processes do without torch
     import numpy as np
     import torch
 
@@ -162,22 +176,7 @@ if __name__ == "__main__":
     from fpo_loss import fpo_loss
     from mujoco_state import opengl_problem
     from ranks import RANK, WORLD
-    from run_files import (
-        RunLogs, check_args, clean_end, compare, evaluation_columns, load_checkpoint, new_run_folder, print_gain, rate, resumed_args,
-        save_checkpoint, set_literal, stop, write_args, write_side_by_side,
-    )  # fmt: skip
 
-    if args.resume:
-        args = resumed_args(Args, args.resume)
-    elif ranks.RESTARTS and args.run_name and (Path("runs") / args.run_name / "last.pt").exists():
-        args = resumed_args(Args, f"runs/{args.run_name}", argv=[])  # torchrun --max-restarts: a rank has died
-    if args.literal:
-        set_literal(args)
-    if args.base == "pi0" and args.checkpoint and not args.checkpoint.endswith(".pt"):
-        if args.weights:
-            stop(f"--checkpoint is {args.checkpoint}, which names a base (it does not end in .pt), and so does --weights {args.weights}; leave one out")
-        args.weights, args.checkpoint = args.checkpoint, None
-    check_args(args)
     args.num_workers = args.num_workers or min(ranks.CPUS, 16)
     if (args.video or args.base == "pi0") and (problem := opengl_problem()):
         stop(f"--video and --base pi0 need OpenGL: {problem}, or leave the flag out")

@@ -27,7 +27,10 @@ from typing import Literal
 import tyro
 from tqdm import tqdm
 
-from run_files import parse_args
+from run_files import (
+    RunLogs, check_args, clean_end, compare, evaluation_columns, load_checkpoint, new_run_folder, parse_args, print_gain, rate,
+    resumed_args, save_checkpoint, set_literal, stop, write_args, write_side_by_side, write_suite_table,
+)  # fmt: skip
 
 FRESH_LATENTS = 4  # J of D5
 LATENT_EPISODES = 50  # the evaluation episodes, at least, whose latents go into latents.npz
@@ -146,13 +149,23 @@ class Args:
     run_name: str | None = None
     """folder below runs/; <task>__seed<seed>__<time> if left out"""
     resume: str | None = None
-    """run folder to continue; flags come from there, but for --total-env-steps, --num-workers, --worker-timeout, --video and --track"""
+    """run folder to continue; flags come from there, but for --weights, --total-env-steps, --num-workers, --worker-timeout, --video and --track"""
 
 
 if __name__ == "__main__":
     args = parse_args(Args, __doc__)
+    if args.resume:
+        args = resumed_args(Args, args.resume)
+    elif int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) and args.run_name and (Path("runs") / args.run_name / "last.pt").exists():
+        args = resumed_args(Args, f"runs/{args.run_name}", argv=[])  # torchrun --max-restarts: a rank has died
+    if args.literal:
+        set_literal(args)
+    if args.base == "pi0" and args.checkpoint and not args.checkpoint.endswith(".pt"):
+        if args.weights:
+            stop(f"--checkpoint is {args.checkpoint}, which names a base (it does not end in .pt), and so does --weights {args.weights}; leave one out")
+        args.weights, args.checkpoint = args.checkpoint, None
 
-    # imported after the flags, so that --help need not wait, and here, so that simulator processes do without torch
+    # imported after the flags, so that --help and bad input need not wait, and here, so that simulator processes do without torch
     import numpy as np
     import torch
 
@@ -165,21 +178,7 @@ if __name__ == "__main__":
     from fpo_critic import QEnsemble, critic_loss, fresh_value, gae, polyak_update, stored_value, td_target
     from fpo_loss import fpo_loss
     from ranks import RANK, WORLD
-    from run_files import (
-        RunLogs, check_args, clean_end, compare, evaluation_columns, load_checkpoint, new_run_folder, print_gain, rate, resumed_args,
-        save_checkpoint, set_literal, stop, write_args, write_side_by_side, write_suite_table,
-    )  # fmt: skip
 
-    if args.resume:
-        args = resumed_args(Args, args.resume)
-    elif ranks.RESTARTS and args.run_name and (Path("runs") / args.run_name / "last.pt").exists():
-        args = resumed_args(Args, f"runs/{args.run_name}", argv=[])  # torchrun --max-restarts: a rank has died
-    if args.literal:
-        set_literal(args)
-    if args.base == "pi0" and args.checkpoint and not args.checkpoint.endswith(".pt"):
-        if args.weights:
-            stop(f"--checkpoint is {args.checkpoint}, which names a base (it does not end in .pt), and so does --weights {args.weights}; leave one out")
-        args.weights, args.checkpoint = args.checkpoint, None
     if args.task_ids is None:
         args.task_ids = "56" if args.suite == "libero_90" else "all"
     try:
