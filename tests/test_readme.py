@@ -33,7 +33,7 @@ OTHERS = {"logdir", "nproc-per-node", "max-restarts", "nnodes", "rdzv-backend", 
 
 def test_every_flag_and_file_named_exists():
     files = ("train_aloha.py", "train_libero.py", "tools/clone_base.py", "tools/plots.py", "tools/fault_campaign.py", "tools/check_monotonicity.py",
-             "tools/run_ablations.py")  # fmt: skip
+             "tools/run_ablations.py", "tools/constant_latent.py")  # fmt: skip
     source = "".join((ROOT / file).read_text() for file in files)
     for flag in set(re.findall(r"--([a-z]+(?:-[a-z]+)*)", README)) - OTHERS:
         names = {flag.replace("-", "_"), flag.removeprefix("no-").replace("-", "_")}  # tyro: --no-x switches x off

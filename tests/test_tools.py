@@ -72,6 +72,32 @@ def test_libero_demonstrations_and_their_clone(tmp_path):
     assert base.header["task_ids"] == [56] and base.header["success"]["gaussian"]["episodes"] == 1
 
 
+def test_the_search_finds_a_known_optimum():
+    """Scores are noisy counts of success, as in an episode; the best vector has 6 numbers, and is found to within half a unit."""
+    from constant_latent import CrossEntropy
+
+    rng, best = np.random.default_rng(0), np.array([1.0, -1.0, 0.5, 0.0, 2.0, -0.5])
+    search = CrossEntropy(6, rng)
+    for _ in range(20):
+        x = search.ask(24)
+        assert x.shape == (24, 6) and np.allclose(x[:12] + x[12:], 2 * search.mean)
+        search.tell(x, rng.binomial(6, np.exp(-((x - best) ** 2).mean(1))) / 6)
+    assert np.abs(search.mean - best).max() < 0.5
+
+
+@pytest.mark.parametrize("flags", [["--per-place"], ["--first-only", "--states", "tuning"]])
+def test_constant_latents_are_tabled(tmp_path, flags):
+    flags = ("--total-env-steps", 1, "--best-of", 2, "--episodes", 2, "--seeds", 3, "--workers", 2, "--out", "table.csv", *flags)
+    result = tool("constant_latent", tmp_path, *flags)
+    assert result.returncode == 0, result.stderr
+    with open(tmp_path / "table.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["policy"].split()[0] for row in rows] == ["zero", "base", "best", "constant"]
+    assert rows[3]["seed"] == "3" and int(rows[3]["env_steps"]) > 1 and "--seeds 3" in rows[0]["command"]
+    for row in rows:
+        assert row["episodes"] == "2" and float(row["wilson_low"]) <= float(row["success"]) <= float(row["wilson_high"])
+
+
 @pytest.mark.parametrize("name", ["train_sac", "train_cloning"])
 def test_baselines_train(tmp_path, name):
     flags = ("--num-envs", 4, "--total-env-steps", 3200, "--eval-every", 1600, "--eval-episodes", 2, "--num-workers", 2, "--minibatch-size", 16, "--updates", 2)
@@ -270,6 +296,9 @@ def test_the_queue_lists_its_commands():
     ("demo_aloha", ["--noise", "-1"], ["--noise is -1"]),
     ("demo_aloha", ["--video", "film.gif"], ["--video is film.gif", ".mp4"]),
     ("clone_base", ["--steps", "-3"], ["--steps is -3"]),
+    ("constant_latent", ["--episodes", "0"], ["--episodes is 0"]),
+    ("constant_latent", ["--task", "libero_10", "--episodes", "51"], ["--episodes is 51", "50"]),
+    ("constant_latent", ["--per-task"], ["--task is aloha", "--per-task"]),
     ("clone_base", ["--latent-dim", "999"], ["--latent-dim is 999"]),
     ("clone_base", ["--ema", "1.0"], ["--ema is 1.0"]),
     ("clone_base", ["--demos", "junk.npz"], ["--demos", "junk.npz"]),

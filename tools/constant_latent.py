@@ -1,0 +1,149 @@
+"""The best latent that is the same in every state, and the best of N draws: what a base does without an actor.
+
+    python tools/constant_latent.py --task aloha                     # three seeds
+    python tools/constant_latent.py --task libero_goal --per-task    # one vector for each task
+    python tools/constant_latent.py --weights my.safetensors --states tuning --episodes 400 --out my.csv
+
+The cross-entropy method finds the vector (a "golden ticket", arXiv 2603.15757) on starts of training, whose control
+steps count as in training. "best of N": the share of states that one of N tries with N(0, I) solves.
+"""
+
+import importlib
+import sys
+from dataclasses import dataclass
+from itertools import count, islice, product
+from pathlib import Path
+from typing import Literal
+
+sys.path.insert(0, str(ROOT := Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from base_flow import FlowBase
+from ranks import CPUS
+from run_files import parse_args, rate, stop, write_table
+
+CANDIDATES, TRIES = 24, 6  # vectors a generation; training starts a vector, the same for all of a generation
+ARM, NEAR = np.array([0.469, 0.5]), 0.371  # ALOHA's right arm, metres; half of the cube's places are nearer
+
+
+@dataclass
+class Args:
+    task: Literal["aloha", "libero_90_task56", "libero_spatial", "libero_object", "libero_goal", "libero_10"] = "aloha"
+    weights: Path | None = None  # the base; weights/<task>.safetensors if left out
+    per_task: bool = False  # one vector for each task of a suite, whose steps all count, instead of one for all
+    per_place: bool = False  # ALOHA: one vector for the nearer half of the cube's places, one for the others
+    first_only: bool = False  # send the vector at an episode's first decision only, N(0, I) afterwards
+    seeds: tuple[int, ...] = (1, 2, 3)  # of candidates and training starts, one search each
+    total_env_steps: int = 400_000  # control steps of a search, evaluation not counted; 0 for no search
+    eval_every: int = 50_000  # control steps between evaluations of the search's mean
+    best_of: int = 16  # N, tries for each state; 0 for none
+    states: Literal["evaluation", "tuning"] = "evaluation"  # where success is measured; bases are chosen on the latter
+    episodes: int | None = None  # number of states; 200 for aloha, 50 a task for LIBERO if left out
+    workers: int = min(CPUS, 16)  # simulator processes; the results do not depend on it
+    out: Path | None = None  # the table; results/constant_latent/<task>.csv if left out
+
+
+class CrossEntropy:
+    """N(mean, std²), moved to the best quarter of the last three generations; pooled, luck weighs less."""
+
+    def __init__(self, dim, rng):
+        self.mean, self.std, self.rng, self.seen = np.zeros(dim), np.ones(dim), rng, []
+
+    def ask(self, n):  # n / 2 pairs of candidates that mirror each other -> (n, D)
+        half = self.std * self.rng.standard_normal((n // 2, len(self.mean)))
+        return np.concatenate([self.mean + half, self.mean - half])
+
+    def tell(self, x, score):  # x: (n, D), score: (n,), the higher the better; of equal ones the newest count
+        self.seen = [(x, score), *self.seen][:3]
+        x, score = (np.concatenate(column) for column in zip(*self.seen))
+        elite = x[np.argsort(-score, kind="stable")[: max(2, len(x) // 4)]]
+        self.mean, self.std = elite.mean(0), elite.std(0).clip(0.25)  # it goes on searching
+
+
+def main():
+    args = parse_args(Args, __doc__)
+    aloha = args.task == "aloha"
+    args.episodes = (50, 200)[aloha] if args.episodes is None else args.episodes
+    args.out = args.out or Path("results", "constant_latent", f"{args.task}.csv")
+    for name, least in dict(total_env_steps=0, eval_every=1, best_of=0, episodes=1, workers=1).items():
+        if getattr(args, name) < least:
+            stop(f"--{name.replace('_', '-')} is {getattr(args, name)}; give {least} or more")
+    if not aloha and args.states == "evaluation" and args.episodes > 50:
+        stop(f"--episodes is {args.episodes}; a task of LIBERO has 50 official initial states")
+    if args.per_task if aloha else args.per_place:
+        stop(f"--task is {args.task}; --per-task is for LIBERO, --per-place for aloha")
+    try:
+        base = FlowBase.load(args.weights or ROOT / "weights" / f"{args.task}.safetensors", task=args.task)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        stop(f"--weights or --out: {error}")
+    torch.set_num_threads(1)
+    env = importlib.import_module("env_aloha" if aloha else "env_libero")
+    tasks = [0] if aloha else base.header["task_ids"]
+    groups, rows = range(2 if args.per_place else len(tasks) if args.per_task else 1), []
+
+    def group_of(start):  # start: (task, cube pose or LIBERO's start); a group of starts has one vector
+        near = args.per_place and np.hypot(*start[1][:2] - ARM) < NEAR
+        return tasks.index(start[0]) if args.per_task else int(near)
+
+    def draw(rng, task):
+        return task, env.sample_box_poses(rng, 1)[0] if aloha else env.placed(rng.integers(2**32))
+
+    rng = np.random.default_rng([3, 0])  # 0, 1 and 2: evaluation, training, demonstrations
+    tuning = [draw(rng, k) for k in tasks for _ in range(args.episodes)]
+    places = env.evaluation_poses(args.episodes) if aloha else map(env.official, range(args.episodes))
+    states = tuning if args.states == "tuning" else list(product(tasks, places))
+
+    def play(starts, generator, x=None):
+        """An episode from every start, with latents x (n, D) or N(0, I). -> success (n,), length (n,)"""
+        x, decisions = None if x is None else torch.tensor(np.array(x), dtype=torch.float32), count()
+
+        def act(observations):
+            drawn = x is None or (next(decisions) and args.first_only and x.any())  # zero latents stay zero
+            w = torch.randn(len(starts), base.latent_dim, generator=generator) if drawn else x
+            return base.decode(base.encode(np.asarray(observations))[1], w).numpy()
+
+        result = env.play_episodes(workers, *([np.array([p for _, p in starts])] if aloha else zip(*starts)), act)
+        return result["success"], result["length"]  # control steps to the first success, as in training
+
+    def report(policy, success, **more):
+        n, good = len(success), int(success.sum())
+        rows.append(dict(policy=policy, **more, states=args.states, successes=good, episodes=n))
+        rows[0]["command"] = " ".join(["python tools/constant_latent.py", *sys.argv[1:]])
+        tqdm.write(f"{policy:24} {' '.join(map(str, more.values())):12} {rate(good, n)}")
+        write_table(args.out, rows)
+
+    with env.Workers(args.workers, *([] if aloha else [args.task.split("_task")[0], tasks])) as workers:
+        report("zero latents", play(states, None, np.zeros((len(states), base.latent_dim)))[0])
+        generator, solved = torch.Generator().manual_seed(0), np.zeros(len(states), dtype=bool)
+        for attempt in range(1, args.best_of + 1):  # a state that is solved is not tried again
+            if len(left := np.flatnonzero(~solved)):
+                solved[left] = play([states[i] for i in left], generator)[0]
+            if attempt in (1, args.best_of):  # the first try has the draws of the train scripts' base
+                report("base" if attempt == 1 else f"best of {attempt}", solved)
+        name = " ".join(["constant", *(f for f in ("per_task", "per_place", "first_only") if getattr(args, f))])
+        for seed in args.seeds if args.total_env_steps else ():
+            rng, generator, steps = np.random.default_rng([1, seed]), torch.Generator().manual_seed(seed), 0
+            searches = [CrossEntropy(base.latent_dim, rng) for _ in groups]
+            bar = tqdm(total=args.total_env_steps, desc=f"seed {seed}", leave=False)
+            while (before := steps) < args.total_env_steps:
+                asked, starts = [s.ask(CANDIDATES) for s in searches], []
+                for group in groups:
+                    drawn = (draw(rng, int(rng.choice(tasks))) for _ in count())  # training starts without end
+                    starts += list(islice((s for s in drawn if group_of(s) == group), TRIES)) * CANDIDATES
+                success, length = play(starts, generator, np.concatenate(asked).repeat(TRIES, 0))
+                for one, x, solved in zip(searches, asked, success.reshape(-1, CANDIDATES, TRIES)):
+                    one.tell(x, solved.mean(1))
+                steps += int(length.sum())
+                bar.update(steps - before)
+                if steps // args.eval_every > before // args.eval_every or steps >= args.total_env_steps:
+                    x = [searches[group_of(start)].mean for start in states]
+                    success = play(states, torch.Generator().manual_seed(0), x)[0]
+                    report(name, success, seed=seed, env_steps=steps)
+
+
+if __name__ == "__main__":
+    main()
