@@ -1,5 +1,6 @@
 """The demonstrator and behaviour cloning, on the real simulator, and their bad input."""
 
+import csv
 import os
 import subprocess
 import sys
@@ -72,17 +73,20 @@ def test_libero_demonstrations_and_their_clone(tmp_path):
     assert base.header["task_ids"] == [56] and base.header["success"]["gaussian"]["episodes"] == 1
 
 
-def test_the_search_finds_a_known_optimum():
-    """Scores are noisy counts of success, as in an episode; the best vector has 6 numbers, and is found to within half a unit."""
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_search_finds_a_known_optimum(seed):
+    """Scores are noisy counts of success in 6 tries, as in the tool. The start succeeds in 34 %, the best vector always."""
     from constant_latent import CrossEntropy
 
-    rng, best = np.random.default_rng(0), np.array([1.0, -1.0, 0.5, 0.0, 2.0, -0.5])
+    rng, best = np.random.default_rng(seed), np.array([1.0, -1.0, 0.5, 0.0, 2.0, -0.5])
+    success = lambda x: np.exp(-((x - best) ** 2).mean(-1))
     search = CrossEntropy(6, rng)
+    assert success(search.mean) < 0.35
     for _ in range(20):
         x = search.ask(24)
         assert x.shape == (24, 6) and np.allclose(x[:12] + x[12:], 2 * search.mean)
-        search.tell(x, rng.binomial(6, np.exp(-((x - best) ** 2).mean(1))) / 6)
-    assert np.abs(search.mean - best).max() < 0.5
+        search.tell(x, rng.binomial(6, success(x)) / 6)
+    assert success(search.mean) > 0.85
 
 
 @pytest.mark.parametrize("flags", [["--per-place"], ["--first-only", "--states", "tuning"]])
