@@ -26,6 +26,7 @@ from worker_pool import WorkerPool
 
 import worker_pool
 
+
 @dataclass
 class Tracked:
     track: bool = True
@@ -38,12 +39,16 @@ def run(script, cwd, *flags, prefix=(), **environment):
     """A script as a process of its own, with stdin closed; None takes a variable out of the environment."""
     variables = {k: v for k, v in (os.environ | environment).items() if v is not None}
     command = [*prefix, sys.executable, str(ROOT / script), *map(str, flags)]
-    return subprocess.run(command, cwd=cwd, env=variables, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        command, cwd=cwd, env=variables, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300
+    )
 
 
 # ---- who runs it, and where ----
 
-as_root = pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("setpriv"), reason="only root can be a second user")
+as_root = pytest.mark.skipif(
+    os.geteuid() != 0 or not shutil.which("setpriv"), reason="only root can be a second user"
+)
 # a second user: reads everything, even where root's Python lies, and writes what is its own
 SECOND_USER = "setpriv --reuid=54321 --regid=54321 --clear-groups --inh-caps=+dac_read_search --ambient-caps=+dac_read_search".split()
 
@@ -63,7 +68,10 @@ def test_the_second_person_on_a_machine_runs_libero(home):
     try:
         result = run("env_libero.py", home, prefix=SECOND_USER, HOME=str(home))
         assert result.returncode == 0 and "control steps/s" in result.stdout, result.stderr
-        assert (log.stat().st_mtime_ns, log.stat().st_size) == (before.st_mtime_ns, before.st_size)  # nobody else's log was touched
+        assert (log.stat().st_mtime_ns, log.stat().st_size) == (
+            before.st_mtime_ns,
+            before.st_size,
+        )  # nobody else's log was touched
     finally:
         if made:
             log.unlink()
@@ -72,7 +80,9 @@ def test_the_second_person_on_a_machine_runs_libero(home):
 @as_root
 def test_a_read_only_checkout_without_a_home(home):
     """numba has nowhere to keep what it compiles; what it gets instead is gone afterwards."""
-    result = run("env_libero.py", home, prefix=SECOND_USER, HOME="/nowhere", XDG_CACHE_HOME=None, TMPDIR=str(home))
+    result = run(
+        "env_libero.py", home, prefix=SECOND_USER, HOME="/nowhere", XDG_CACHE_HOME=None, TMPDIR=str(home)
+    )
     assert result.returncode == 0 and "control steps/s" in result.stdout, result.stderr
     assert not list(home.glob("numba-*"))
 
@@ -81,21 +91,30 @@ def test_a_terminal_without_greek_letters(tmp_path):
     for script in ("train_aloha.py", "train_libero.py"):
         result = run(script, tmp_path, "--help", PYTHONIOENCODING="ascii")
         assert result.returncode == 0 and "? of Eq. 3" in result.stdout, result.stderr
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("tools/*.py")]:  # all of them read their flags where this is seen to
+    for path in [
+        *ROOT.glob("*.py"),
+        *ROOT.glob("tools/*.py"),
+    ]:  # all of them read their flags where this is seen to
         assert "tyro.cli" not in path.read_text() or path.name == "run_files.py", path
 
 
 def test_a_run_outlives_its_terminal(tmp_path):
-    process = subprocess.Popen(command(*SHORT, "--run-name", "cut"), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(
+        command(*SHORT, "--run-name", "cut"), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     process.stdout.read(1)
     process.stdout.close()  # as `| head` does
     assert process.wait(120) == 0
-    assert rows(tmp_path / "runs" / "cut" / "metrics.csv") and (tmp_path / "runs" / "cut" / "last.pt").exists()
+    assert (
+        rows(tmp_path / "runs" / "cut" / "metrics.csv") and (tmp_path / "runs" / "cut" / "last.pt").exists()
+    )
 
 
 def test_help_waits_for_nothing_heavy(tmp_path):
     for script in ("train_aloha.py", "train_libero.py"):
-        result = subprocess.run([sys.executable, "-X", "importtime", str(ROOT / script), "--help"], capture_output=True, text=True)
+        result = subprocess.run(
+            [sys.executable, "-X", "importtime", str(ROOT / script), "--help"], capture_output=True, text=True
+        )
         imported = set(re.findall(r"\|\s+(\w+)$", result.stderr, re.M))
         assert result.returncode == 0 and "tyro" in imported
         assert not imported & {"torch", "mujoco", "numba", "scipy", "pandas", "robosuite"}
@@ -110,7 +129,9 @@ def test_no_terminal_at_all(tmp_path):
 def test_started_through_a_link_and_without_docstrings(tmp_path):
     (tmp_path / "link.py").symlink_to(ROOT / "train_aloha.py")
     result = run(tmp_path / "link.py", tmp_path, "--latent-dim", 99)
-    assert result.returncode == 2 and "has 24 latent dimensions" in result.stderr, result.stderr  # so it has found the base
+    assert result.returncode == 2 and "has 24 latent dimensions" in result.stderr, (
+        result.stderr
+    )  # so it has found the base
     assert run("train_aloha.py", tmp_path, "--help", PYTHONOPTIMIZE="2").returncode == 0
 
 
@@ -123,15 +144,23 @@ def test_settings_for_other_programs(tmp_path):
 
 def test_another_libero_is_named(tmp_path):
     (tmp_path / "hf_libero-0.1.4.dist-info").mkdir()
-    (tmp_path / "hf_libero-0.1.4.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: hf-libero\nVersion: 0.1.4\n")
+    (tmp_path / "hf_libero-0.1.4.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: hf-libero\nVersion: 0.1.4\n"
+    )
     result = run("train_libero.py", tmp_path, *SHORT, PYTHONPATH=str(tmp_path))
-    assert result.returncode == 2 and "hf-libero 0.1.4" in result.stderr and not (tmp_path / "runs").exists(), result.stderr
+    assert (
+        result.returncode == 2 and "hf-libero 0.1.4" in result.stderr and not (tmp_path / "runs").exists()
+    ), result.stderr
 
 
 def test_a_damaged_cache_of_numba(tmp_path):
-    (tmp_path / "tiny.py").write_text("import env_libero, numba\n@numba.njit(cache=True)\ndef f(x): return x + 1\nprint(f(1))")
+    (tmp_path / "tiny.py").write_text(
+        "import env_libero, numba\n@numba.njit(cache=True)\ndef f(x): return x + 1\nprint(f(1))"
+    )
     for _ in range(2):
-        result = run(tmp_path / "tiny.py", tmp_path, NUMBA_CACHE_DIR=str(tmp_path / "cache"), PYTHONPATH=str(ROOT))
+        result = run(
+            tmp_path / "tiny.py", tmp_path, NUMBA_CACHE_DIR=str(tmp_path / "cache"), PYTHONPATH=str(ROOT)
+        )
         assert result.stdout == "2\n", result.stderr
         files = list((tmp_path / "cache").rglob("*.nbi"))
         assert files
@@ -142,14 +171,23 @@ def test_a_damaged_cache_of_numba(tmp_path):
 def test_cores_of_a_container(tmp_path):
     free = len(os.sched_getaffinity(0))
     assert cores(tmp_path) == free
-    for quota, expected in (("max 100000", free), ("150000 100000", 1), ("50000 100000", 1), ("9900000 100000", free)):
+    for quota, expected in (
+        ("max 100000", free),
+        ("150000 100000", 1),
+        ("50000 100000", 1),
+        ("9900000 100000", free),
+    ):
         (tmp_path / "cpu.max").write_text(quota)
         assert cores(tmp_path) == expected
 
 
 def test_a_world_size_that_a_platform_has_left(tmp_path):
-    result = run("train_aloha.py", tmp_path, *SHORT, WORLD_SIZE="2", RANK=None, MASTER_ADDR=None, MASTER_PORT=None)
-    assert result.returncode == 2 and "WORLD_SIZE is 2" in result.stderr and "torchrun" in result.stderr, result.stderr
+    result = run(
+        "train_aloha.py", tmp_path, *SHORT, WORLD_SIZE="2", RANK=None, MASTER_ADDR=None, MASTER_PORT=None
+    )
+    assert result.returncode == 2 and "WORLD_SIZE is 2" in result.stderr and "torchrun" in result.stderr, (
+        result.stderr
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -170,7 +208,9 @@ def _broken_job(_, number):
 
 def test_an_exception_in_a_worker_comes_back_with_its_own_words(tmp_path):
     with WorkerPool(1, _broken_build, str(tmp_path / "log")) as pool:
-        with pytest.raises(ChildProcessError, match=r"RuntimeError: the arm is missing \(.*test_machines.py:\d+\)"):
+        with pytest.raises(
+            ChildProcessError, match=r"RuntimeError: the arm is missing \(.*test_machines.py:\d+\)"
+        ):
             pool.map(_broken_job, range(8))
     assert (tmp_path / "log").read_text() == "built "  # once: it would fail the same way again
     with WorkerPool(1, dict) as pool:
@@ -182,7 +222,9 @@ def test_an_exception_in_a_worker_comes_back_with_its_own_words(tmp_path):
 def test_a_simulator_that_cannot_be_built_ends_the_run_with_one_sentence(tmp_path):
     """The paths of another LIBERO installation, which it leaves in the home (lerobot, LIBERO)."""
     (tmp_path / "config.yaml").write_text("bddl_files: /nowhere\n")
-    result = run("train_libero.py", tmp_path, *SHORT, "--run-name", "broken", LIBERO_CONFIG_PATH=str(tmp_path))
+    result = run(
+        "train_libero.py", tmp_path, *SHORT, "--run-name", "broken", LIBERO_CONFIG_PATH=str(tmp_path)
+    )
     last = result.stderr.strip().splitlines()[-1]
     assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
     assert "/nowhere" in last and "killed" not in result.stderr and result.stderr.count("/nowhere") == 1
@@ -234,7 +276,9 @@ def test_liberos_pictures_are_those_that_policies_were_trained_on():
 
 def test_ffmpeg_is_looked_for_first(tmp_path):
     result = run("train_aloha.py", tmp_path, *SHORT, "--video", IMAGEIO_FFMPEG_EXE="/nowhere")
-    assert result.returncode == 2 and "IMAGEIO_FFMPEG_EXE" in result.stderr and not list(tmp_path.iterdir()), result.stderr
+    assert (
+        result.returncode == 2 and "IMAGEIO_FFMPEG_EXE" in result.stderr and not list(tmp_path.iterdir())
+    ), result.stderr
 
 
 # ---- flags, folders and requirements ----
@@ -257,7 +301,14 @@ def test_runs_of_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch
 def test_a_runs_folder_that_leads_nowhere(tmp_path):
     (tmp_path / "runs").symlink_to("/nowhere/else")
     command = [sys.executable, "-c", "import run_files; run_files.new_run_folder(None, 'x')"]
-    result = subprocess.run(command, cwd=tmp_path, env=os.environ | dict(PYTHONPATH=str(ROOT)), capture_output=True, text=True, timeout=30)
+    result = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=os.environ | dict(PYTHONPATH=str(ROOT)),
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
     assert result.returncode == 2 and "runs cannot be made a folder" in result.stderr
 
 
@@ -276,7 +327,16 @@ def test_two_processes_on_one_run(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
     os.close(running)
     weights.rename(tmp_path / "moved.safetensors")
-    result = run("train_aloha.py", tmp_path, "--resume", "runs/r", "--total-env-steps", 400, "--weights", "moved.safetensors")
+    result = run(
+        "train_aloha.py",
+        tmp_path,
+        "--resume",
+        "runs/r",
+        "--total-env-steps",
+        400,
+        "--weights",
+        "moved.safetensors",
+    )
     assert result.returncode == 0, result.stderr
 
 
@@ -288,7 +348,10 @@ def test_damaged_files_of_a_run(tmp_path, capsys):
             CsvLog(tmp_path / "metrics.csv", ["a"], keep=1)
     (tmp_path / "latents.npz").write_bytes(b"")
     (tmp_path / "args.json").write_text("[]")
-    for read in (lambda: LatentLog(tmp_path / "latents.npz", until=1), lambda: resumed_args(Tracked, tmp_path, [])):
+    for read in (
+        lambda: LatentLog(tmp_path / "latents.npz", until=1),
+        lambda: resumed_args(Tracked, tmp_path, []),
+    ):
         with pytest.raises(SystemExit):
             read()
     assert capsys.readouterr().err.count("is damaged") == 5
@@ -309,7 +372,9 @@ def test_a_folder_without_fsync(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGXCPU])
 def test_the_warning_of_a_batch_system_stops_as_ctrl_c_does(tmp_path, number, capsys):
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGXCPU)}
+    handlers = {
+        n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGXCPU)
+    }
     (tmp_path / "last.pt").touch()
     with pytest.raises(SystemExit) as stopped:
         with clean_end("train.py", tmp_path):
@@ -330,14 +395,23 @@ def test_starting_many_environments_shows_progress_and_can_be_interrupted(tmp_pa
         seen += chunk
     process.send_signal(signal.SIGINT)
     message = process.communicate(timeout=60)[1].decode()
-    assert process.returncode == 130 and "stopped before the first checkpoint" in message and "Traceback" not in message
+    assert (
+        process.returncode == 130
+        and "stopped before the first checkpoint" in message
+        and "Traceback" not in message
+    )
 
 
 @pytest.mark.parametrize("version", ["3.9", "3.10", "3.11", "3.12", "3.13", "3.14"])
 def test_requirements_refuse_a_python_that_cannot_work(version):
     lines = (line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines())
     wanted = [Requirement(line) for line in lines if line]
-    wanted = [r for r in wanted if r.marker is None or r.marker.evaluate({"python_version": version, "python_full_version": version + ".1"})]
+    wanted = [
+        r
+        for r in wanted
+        if r.marker is None
+        or r.marker.evaluate({"python_version": version, "python_full_version": version + ".1"})
+    ]
     refused = [str(r.specifier) for r in wanted if "this.needs.python" in str(r.specifier)]
     assert refused == ([] if version in ("3.11", "3.12") else ["==0+this.needs.python.3.11.or.3.12"])
     assert len([r for r in wanted if r.name == "torch"]) == 1
@@ -351,14 +425,25 @@ def test_pip_ends_at_once_on_another_python(tmp_path):
     pip = [tmp_path / "venv" / "bin" / "pip", "install", "--dry-run", "-r", ROOT / "requirements.txt"]
     result = subprocess.run(pip, capture_output=True, text=True)
     assert result.returncode == 1 and "this.needs.python.3.11.or.3.12" in result.stderr
-    assert "Downloading" not in result.stdout and "Collecting" not in result.stdout.replace("Collecting torch==0+", "")
+    assert "Downloading" not in result.stdout and "Collecting" not in result.stdout.replace(
+        "Collecting torch==0+", ""
+    )
 
 
 # ---- Weights & Biases ----
 
 
 def test_tracking_without_a_key_and_without_a_terminal(tmp_path):
-    result = run("train_aloha.py", tmp_path, *SHORT, "--track", HOME=str(tmp_path), WANDB_API_KEY=None, WANDB_MODE=None, NETRC=str(tmp_path / "no"))
+    result = run(
+        "train_aloha.py",
+        tmp_path,
+        *SHORT,
+        "--track",
+        HOME=str(tmp_path),
+        WANDB_API_KEY=None,
+        WANDB_MODE=None,
+        NETRC=str(tmp_path / "no"),
+    )
     assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
     assert "wandb login" in result.stderr and "WANDB_MODE=offline" in result.stderr
     assert not (tmp_path / "runs").exists()
@@ -370,7 +455,9 @@ def test_a_failure_of_tracking_does_not_end_the_run(tmp_path, monkeypatch, capsy
         raise ConnectionError("the network\nis away")
 
     tracked = types.SimpleNamespace(log=fail)
-    wandb = types.SimpleNamespace(init=fail if failing == "init" else lambda id, **_: tracked if ":" not in id else fail())
+    wandb = types.SimpleNamespace(
+        init=fail if failing == "init" else lambda id, **_: tracked if ":" not in id else fail()
+    )
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     folder = tmp_path / "a:b"  # a letter that wandb does not take
     folder.mkdir()

@@ -1,11 +1,11 @@
-"""The best latent that is the same in every state, and the best of N draws: what a base does without an actor.
+"""The best latent that is one in every state, and the best of N draws: what a base does without an actor.
 
     python tools/constant_latent.py --task aloha                     # three seeds
     python tools/constant_latent.py --task libero_goal --per-task    # one vector for each task
     python tools/constant_latent.py --weights my.safetensors --states tuning --episodes 400 --out my.csv
 
-The cross-entropy method finds the vector (a "golden ticket", arXiv 2603.15757) on starts of training, whose control
-steps count as in training. "best of N": the share of states that one of N tries with N(0, I) solves.
+The cross-entropy method finds the vector (a "golden ticket", arXiv 2603.15757) on starts of training, whose
+control steps count as in training. "best of N": the share of states that one of N tries with N(0, I) solves.
 """
 
 import importlib
@@ -33,14 +33,14 @@ ARM, NEAR = np.array([0.469, 0.5]), 0.371  # ALOHA's right arm, metres; half of 
 class Args:
     task: Literal["aloha", "libero_90_task56", "libero_spatial", "libero_object", "libero_goal", "libero_10"] = "aloha"
     weights: Path | None = None  # the base; weights/<task>.safetensors if left out
-    per_task: bool = False  # one vector for each task of a suite, whose steps all count, instead of one for all
+    per_task: bool = False  # one vector for each task of a suite, whose steps all count
     per_place: bool = False  # ALOHA: one vector for the nearer half of the cube's places, one for the others
     first_only: bool = False  # send the vector at an episode's first decision only, N(0, I) afterwards
     seeds: tuple[int, ...] = (1, 2, 3)  # of candidates and training starts, one search each
     total_env_steps: int = 400_000  # control steps of a search, evaluation not counted; 0 for no search
     eval_every: int = 50_000  # control steps between evaluations of the search's mean
     best_of: int = 16  # N, tries for each state; 0 for none
-    states: Literal["evaluation", "tuning"] = "evaluation"  # where success is measured; bases are chosen on the latter
+    states: Literal["evaluation", "tuning"] = "evaluation"  # bases are chosen on the latter
     episodes: int | None = None  # number of states; 200 for aloha, 50 a task for LIBERO if left out
     workers: int = min(CPUS, 16)  # simulator processes; the results do not depend on it
     out: Path | None = None  # the table; results/constant_latent/<task>.csv if left out
@@ -106,7 +106,8 @@ def main():
             w = torch.randn(len(starts), base.latent_dim, generator=generator) if drawn else x
             return base.decode(base.encode(np.asarray(observations))[1], w).numpy()
 
-        result = env.play_episodes(workers, *([np.array([p for _, p in starts])] if aloha else zip(*starts)), act)
+        columns = [np.array([p for _, p in starts])] if aloha else zip(*starts)
+        result = env.play_episodes(workers, *columns, act)
         return result["success"], result["length"]  # control steps to the first success, as in training
 
     def report(policy, success, **more):
@@ -124,7 +125,7 @@ def main():
                 solved[left] = play([states[i] for i in left], generator)[0]
             if attempt in (1, args.best_of):  # the first try has the draws of the train scripts' base
                 report("base" if attempt == 1 else f"best of {attempt}", solved)
-        name = " ".join(["constant", *(f for f in ("per_task", "per_place", "first_only") if getattr(args, f))])
+        name = " ".join(["constant", *(f for f in ("per_task", "per_place", "first_only") if vars(args)[f])])
         for seed in args.seeds if args.total_env_steps else ():
             rng, generator, steps = np.random.default_rng([1, seed]), torch.Generator().manual_seed(seed), 0
             searches = [CrossEntropy(base.latent_dim, rng) for _ in groups]
@@ -132,7 +133,7 @@ def main():
             while (before := steps) < args.total_env_steps:
                 asked, starts = [s.ask(CANDIDATES) for s in searches], []
                 for group in groups:
-                    drawn = (draw(rng, int(rng.choice(tasks))) for _ in count())  # training starts without end
+                    drawn = (draw(rng, int(rng.choice(tasks))) for _ in count())  # without end
                     starts += list(islice((s for s in drawn if group_of(s) == group), TRIES)) * CANDIDATES
                 success, length = play(starts, generator, np.concatenate(asked).repeat(TRIES, 0))
                 for one, x, solved in zip(searches, asked, success.reshape(-1, CANDIDATES, TRIES)):
