@@ -1,4 +1,4 @@
-"""README's map points at the lines it says, and its commands are those that exist."""
+"""README's map points at the lines it says, and the commands of README and docs/ are those that exist."""
 
 import re
 import sys
@@ -9,7 +9,8 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 from equation_map import ENTRIES
 
-README = (ROOT / "README.md").read_text()
+PAGES = {path: path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "results").glob("*.md"))}
+README = PAGES[ROOT / "README.md"]
 
 
 def test_every_line_of_the_map_carries_what_the_map_says():
@@ -25,21 +26,20 @@ def test_every_logged_metric_is_explained():
         names = re.findall(r"\w+/\w+", metrics)
         assert len(names) > 25
         for name in names:
-            assert name in README, name
+            assert name in PAGES[ROOT / "docs" / "run_files.md"], name
 
 
 OTHERS = {"logdir", "nproc-per-node", "max-restarts", "nnodes", "rdzv-backend", "rdzv-endpoint", "python"}
 
 
 def test_every_flag_and_file_named_exists():
-    files = ("train_aloha.py", "train_libero.py", "tools/clone_base.py", "tools/plots.py", "tools/fault_campaign.py", "tools/check_monotonicity.py",
-             "tools/run_ablations.py", "tools/constant_latent.py")  # fmt: skip
-    source = "".join((ROOT / file).read_text() for file in files)
-    for flag in set(re.findall(r"--([a-z]+(?:-[a-z]+)*)", README)) - OTHERS:
+    source = "".join(path.read_text() for folder in (ROOT, ROOT / "tools") for path in folder.glob("*.py"))
+    for flag in set(re.findall(r"--([a-z]+(?:-[a-z]+)*)", "".join(PAGES.values()))) - OTHERS:
         names = {flag.replace("-", "_"), flag.removeprefix("no-").replace("-", "_")}  # tyro: --no-x switches x off
         assert flag == "help" or any(re.search(rf"^    {name}: ", source, re.M) for name in names), flag
-    for path in set(re.findall(r"\]\((?!http)([\w/.]+?)(?:#L\d+)?\)", README)):
-        assert (ROOT / path).exists(), path
+    for page, text in PAGES.items():
+        for path in set(re.findall(r"\]\((?!http)([\w/.]+?)(?:#[\w-]+)?\)", text)):
+            assert (page.parent / path).exists(), f"{page.name}: {path}"
 
 
 def test_components_import_torch_and_the_standard_library_only():

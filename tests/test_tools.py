@@ -89,15 +89,17 @@ def test_the_search_finds_a_known_optimum(seed):
     assert success(search.mean) > 0.85
 
 
-@pytest.mark.parametrize("flags", [["--per-place"], ["--first-only", "--states", "tuning"]])
+@pytest.mark.parametrize("flags", [["--per-place"], ["--first-only", "--states", "tuning", "evaluation"]])
 def test_constant_latents_are_tabled(tmp_path, flags):
     flags = ("--total-env-steps", 1, "--best-of", 2, "--episodes", 2, "--seeds", 3, "--workers", 2, "--out", "table.csv", *flags)
     result = tool("constant_latent", tmp_path, *flags)
     assert result.returncode == 0, result.stderr
     with open(tmp_path / "table.csv") as file:
         rows = list(csv.DictReader(file))
-    assert [row["policy"].split()[0] for row in rows] == ["zero", "base", "best", "constant"]
-    assert rows[3]["seed"] == "3" and int(rows[3]["env_steps"]) > 1 and "--seeds 3" in rows[0]["command"]
+    kinds = ["tuning", "evaluation"] if "--states" in flags else ["evaluation"]
+    expected = [(name, states) for states in kinds for name in ("zero", "base", "best")] + [("constant", states) for states in kinds]
+    assert [(row["policy"].split()[0], row["states"]) for row in rows] == expected
+    assert rows[-1]["seed"] == "3" and int(rows[-1]["env_steps"]) > 1 and "--seeds 3" in rows[0]["command"]
     for row in rows:
         assert row["episodes"] == "2" and float(row["wilson_low"]) <= float(row["success"]) <= float(row["wilson_high"])
 

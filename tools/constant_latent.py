@@ -1,12 +1,10 @@
 """The best latent that is one in every state, and the best of N draws: what a base does without an actor.
 
     python tools/constant_latent.py --task aloha                     # three seeds
-    python tools/constant_latent.py --task libero_goal --per-task    # one vector for each task
-    python tools/constant_latent.py --weights my.safetensors --states tuning --episodes 400 --out my.csv
+    python tools/constant_latent.py --task libero_goal --per-task --states tuning    # one for each task
 
 The cross-entropy method finds the vector (a "golden ticket", arXiv 2603.15757) on starts of training, whose
-control steps count as in training. "best of N": the share of states that one of N tries with N(0, I) solves.
-"""
+steps count as in training. "best of N": the share of states that one of N tries with N(0, I) solves."""
 
 import importlib
 import sys
@@ -40,8 +38,8 @@ class Args:
     total_env_steps: int = 400_000  # control steps of a search, evaluation not counted; 0 for no search
     eval_every: int = 50_000  # control steps between evaluations of the search's mean
     best_of: int = 16  # N, tries for each state; 0 for none
-    states: Literal["evaluation", "tuning"] = "evaluation"  # bases are chosen on the latter
-    episodes: int | None = None  # number of states; 200 for aloha, 50 a task for LIBERO if left out
+    states: tuple[Literal["evaluation", "tuning"], ...] = ("evaluation",)  # bases are chosen on the latter
+    episodes: int | None = None  # states; if left out 200 (tuning: 400) for aloha, 50 a task for LIBERO
     workers: int = min(CPUS, 16)  # simulator processes; the results do not depend on it
     out: Path | None = None  # the table; results/constant_latent/<task>.csv if left out
 
@@ -66,12 +64,12 @@ class CrossEntropy:
 def main():
     args = parse_args(Args, __doc__)
     aloha = args.task == "aloha"
-    args.episodes = (50, 200)[aloha] if args.episodes is None else args.episodes
+    episodes = {k: args.episodes or (50, 400 if k == "tuning" else 200)[aloha] for k in args.states}
     args.out = args.out or Path("results", "constant_latent", f"{args.task}.csv")
     for name, least in dict(total_env_steps=0, eval_every=1, best_of=0, episodes=1, workers=1).items():
-        if getattr(args, name) < least:
+        if getattr(args, name) is not None and getattr(args, name) < least:
             stop(f"--{name.replace('_', '-')} is {getattr(args, name)}; give {least} or more")
-    if not aloha and args.states == "evaluation" and args.episodes > 50:
+    if not aloha and episodes.get("evaluation", 0) > 50:
         stop(f"--episodes is {args.episodes}; a task of LIBERO has 50 official initial states")
     if args.per_task if aloha else args.per_place:
         stop(f"--task is {args.task}; --per-task is for LIBERO, --per-place for aloha")
@@ -92,10 +90,11 @@ def main():
     def draw(rng, task):
         return task, env.sample_box_poses(rng, 1)[0] if aloha else env.placed(rng.integers(2**32))
 
-    rng = np.random.default_rng([3, 0])  # 0, 1 and 2: evaluation, training, demonstrations
-    tuning = [draw(rng, k) for k in tasks for _ in range(args.episodes)]
-    places = env.evaluation_poses(args.episodes) if aloha else map(env.official, range(args.episodes))
-    states = tuning if args.states == "tuning" else list(product(tasks, places))
+    states, rng = {}, np.random.default_rng([3, 0])  # 0, 1 and 2: evaluation, training, demonstrations
+    for name, n in episodes.items():
+        places = env.evaluation_poses(n) if aloha else map(env.official, range(n))
+        tuning = (draw(rng, k) for k in tasks for _ in range(n))
+        states[name] = list(tuning if name == "tuning" else product(tasks, places))
 
     def play(starts, generator, x=None):
         """An episode from every start, with latents x (n, D) or N(0, I). -> success (n,), length (n,)"""
@@ -110,22 +109,23 @@ def main():
         result = env.play_episodes(workers, *columns, act)
         return result["success"], result["length"]  # control steps to the first success, as in training
 
-    def report(policy, success, **more):
+    def report(policy, name, success, **more):
         n, good = len(success), int(success.sum())
-        rows.append(dict(policy=policy, **more, states=args.states, successes=good, episodes=n))
+        rows.append(dict(policy=policy, **more, states=name, successes=good, episodes=n))
         rows[0]["command"] = " ".join(["python tools/constant_latent.py", *sys.argv[1:]])
-        tqdm.write(f"{policy:24} {' '.join(map(str, more.values())):12} {rate(good, n)}")
+        tqdm.write(f"{policy:24} {' '.join(map(str, more.values())):12} {name:10} {rate(good, n)}")
         write_table(args.out, rows)
 
     with env.Workers(args.workers, *([] if aloha else [args.task.split("_task")[0], tasks])) as workers:
-        report("zero latents", play(states, None, np.zeros((len(states), base.latent_dim)))[0])
-        generator, solved = torch.Generator().manual_seed(0), np.zeros(len(states), dtype=bool)
-        for attempt in range(1, args.best_of + 1):  # a state that is solved is not tried again
-            if len(left := np.flatnonzero(~solved)):
-                solved[left] = play([states[i] for i in left], generator)[0]
-            if attempt in (1, args.best_of):  # the first try has the draws of the train scripts' base
-                report("base" if attempt == 1 else f"best of {attempt}", solved)
-        name = " ".join(["constant", *(f for f in ("per_task", "per_place", "first_only") if vars(args)[f])])
+        for name, starts in states.items():
+            report("zero latents", name, play(starts, None, np.zeros((len(starts), base.latent_dim)))[0])
+            generator, solved = torch.Generator().manual_seed(0), np.zeros(len(starts), dtype=bool)
+            for attempt in range(1, args.best_of + 1):  # a state that is solved is not tried again
+                if len(left := np.flatnonzero(~solved)):
+                    solved[left] = play([starts[i] for i in left], generator)[0]
+                if attempt in (1, args.best_of):  # the first try has the draws of the train scripts' base
+                    report("base" if attempt == 1 else f"best of {attempt}", name, solved)
+        form = [k for k in ("per_task", "per_place", "first_only") if vars(args)[k]]
         for seed in args.seeds if args.total_env_steps else ():
             rng, generator, steps = np.random.default_rng([1, seed]), torch.Generator().manual_seed(seed), 0
             searches = [CrossEntropy(base.latent_dim, rng) for _ in groups]
@@ -141,9 +141,10 @@ def main():
                 steps += int(length.sum())
                 bar.update(steps - before)
                 if steps // args.eval_every > before // args.eval_every or steps >= args.total_env_steps:
-                    x = [searches[group_of(start)].mean for start in states]
-                    success = play(states, torch.Generator().manual_seed(0), x)[0]
-                    report(name, success, seed=seed, env_steps=steps)
+                    for name, starts in states.items():
+                        x = [searches[group_of(start)].mean for start in starts]
+                        success = play(starts, torch.Generator().manual_seed(0), x)[0]
+                        report(" ".join(["constant", *form]), name, success, seed=seed, env_steps=steps)
 
 
 if __name__ == "__main__":

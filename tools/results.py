@@ -1,6 +1,6 @@
-"""README's learning curves and tables, from the CSV files in results/aloha/ and results/libero/.
+"""The learning curves and tables of README and results/, from the CSV files there.
 
-    python tools/results.py            # curve.png and the tables in results/aloha, results/libero and results/ablations, and those in README
+    python tools/results.py            # curve.png and tables in results/aloha, results/libero and results/ablations; in the pages too
 
 A run's files there are those of its run folder: metrics.csv, eval.csv (an evaluation episode a row) and args.json.
 """
@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 from run_files import parse_args, rate, wilson, write_atomically
 
+PAGES = tuple(ROOT / name for name in ("README.md", "results/aloha.md", "results/libero.md"))
 # folder, runs that count there, runs that are the seeds of the picture, its title, the paper's figure and its name
 PICTURES = (
     ("aloha", "", "seed", "FPO on ALOHA Transfer Cube: the first 100 evaluation states at every point", 65, "paper (π$_0$) at 1.6 M"),
@@ -114,14 +115,14 @@ def write_table(folder, runs, seeds, strict):
 
 
 def publish(path, lines):
-    """Write a table to its file, and into README if it has markers for that file."""
+    """Write a table to its file, and into the pages that have markers for that file."""
     write_atomically(path, ("\n".join(lines) + "\n").encode())
-    readme = ROOT / "README.md"
     begin, end = f"<!-- {os.path.relpath(path, ROOT)} -->\n", "<!-- end -->"
     new = begin + "\n".join(lines) + "\n" + end
-    text = readme.read_text()
-    if begin in text:
-        write_atomically(readme, re.sub(re.escape(begin) + ".*?" + end, lambda _: new, text, count=1, flags=re.S).encode())
+    for page in PAGES:
+        text = page.read_text()
+        if begin in text:
+            write_atomically(page, re.sub(re.escape(begin) + ".*?" + end, lambda _: new, text, count=1, flags=re.S).encode())
     print("\n".join(lines))
 
 
@@ -151,8 +152,9 @@ def write_suites(folder):
 
 
 def write_summary(path):
-    """summary.md: a row a task, base, zero latents and tuned: mean and t interval over seeds, or of one seed Wilson's over episodes."""
-    lines = ["| task | base | zero latents | FPO | seeds | steps | paper, π_0-FPO |", "|" + "---|" * 7]
+    """summary.md: a row a task: base, zero latents, the best constant latent (mean over searches), best of 16, and tuned: mean and t interval
+    over seeds, or of one seed Wilson's over episodes."""
+    lines = ["| task | base | zero latents | constant latent | best of 16 | FPO | seeds | steps | paper, π_0-FPO |", "|" + "---|" * 9]
     rows = [("ALOHA Transfer Cube", "aloha/seed*", "about 65 %"), ("LIBERO, butter in the tray", "libero/butter_seed*", "78.5 %")]
     rows += [(name, f"libero/{suite}_seed1", f"{paper} %") for suite, (name, paper) in SUITES.items()]
     for label, pattern, paper in rows:
@@ -163,8 +165,21 @@ def write_summary(path):
         before = [f"{100 * np.mean([run[policy, 0]['success'].mean() for run in runs]):.1f} %" for policy in ("base", "zero latents")]
         finals = [run[last]["success"] for run, last in zip(runs, lasts)]
         tuned = over_seeds([final.mean() for final in finals]) if len(runs) > 1 else cell(finals[0])
-        lines.append(f"| {label} | {before[0]} | {before[1]} | **{tuned}** | {len(runs)} | {lasts[0][1] / 1e6:.2f} M | {paper} |")
+        task = Path(pattern).parts[0] if "aloha" in pattern else Path(pattern).parts[1].removesuffix("_seed1")
+        before += constant_latents(path.parent / "constant_latent" / f"{task.replace('butter_seed*', 'libero_90_task56')}.csv")
+        lines.append(f"| {label} | {' | '.join(before)} | **{tuned}** | {len(runs)} | {lasts[0][1] / 1e6:.2f} M | {paper} |")
     publish(path, lines)
+
+
+def constant_latents(path):
+    """Cells of the summary: success with the best constant latent, mean of the searches' last rows, and best of 16, on the evaluation states."""
+    if not path.exists():
+        return ["–", "–"]
+    with open(path, newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["states"] == "evaluation"]
+    searches = {row["seed"]: float(row["success"]) for row in rows if row["policy"] == "constant"}  # a seed's last row stays
+    best = [float(row["success"]) for row in rows if row["policy"] == "best of 16"]
+    return [f"{100 * np.mean(values):.1f} %" if values else "–" for values in (list(searches.values()), best)]
 
 
 def write_table_1(folder):
@@ -182,7 +197,7 @@ def write_table_1(folder):
         cells = [cell for share in shares for cell in (f"{share:.1f}" if share is not None else "–", "–")]
         rows.append([label, *cells, f"{np.mean(shares):.1f}" if None not in shares else "–", "–"])
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header), *("| " + " | ".join(row) + " |" for row in rows)]
-    lines += ["", "Ours: averages over the tasks that the base was cloned on, of each suite those that ../../README.md names, and not all ten; 50 episodes a task, one seed."]
+    lines += ["", "Ours: averages over the tasks that the base was cloned on, of each suite those that ../libero.md names, and not all ten; 50 episodes a task, one seed."]
     write_atomically(folder / "table1.md", ("\n".join(lines) + "\n").encode())
     write_atomically(folder / "table1.csv", ("\n".join(",".join(row) for row in [header, *rows]) + "\n").encode())
 
