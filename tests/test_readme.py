@@ -9,7 +9,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 from equation_map import ENTRIES
 
-PAGES = {path: path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "results").glob("*.md"))}
+PAGES = {path: path.read_text() for folder in (".", "docs", "results") for path in (ROOT / folder).glob("*.md")}
 README = PAGES[ROOT / "README.md"]
 
 
