@@ -155,9 +155,10 @@ def write_summary(path):
     """summary.md: a row a task: base, zero latents, the best constant latent (mean over searches), best of 16, and tuned: mean and t interval
     over seeds, or of one seed Wilson's over episodes."""
     lines = ["| task | base | zero latents | constant latent | best of 16 | FPO | seeds | steps | paper, π_0-FPO |", "|" + "---|" * 9]
-    rows = [("ALOHA Transfer Cube", "aloha/seed*", "about 65 %"), ("LIBERO, butter in the tray", "libero/butter_seed*", "78.5 %")]
-    rows += [(name, f"libero/{suite}_seed1", f"{paper} %") for suite, (name, paper) in SUITES.items()]
-    for label, pattern, paper in rows:
+    rows = [("aloha", "ALOHA Transfer Cube", "aloha/seed*", "about 65 %")]
+    rows += [("libero_90_task56", "LIBERO, butter in the tray", "libero/butter_seed*", "78.5 %")]
+    rows += [(suite, name, f"libero/{suite}_seed1", f"{paper} %") for suite, (name, paper) in SUITES.items()]
+    for task, label, pattern, paper in rows:
         runs = [evaluations(file) for file in sorted(path.parent.glob(f"{pattern}/eval.csv"))]
         if not runs:
             continue
@@ -165,21 +166,22 @@ def write_summary(path):
         before = [f"{100 * np.mean([run[policy, 0]['success'].mean() for run in runs]):.1f} %" for policy in ("base", "zero latents")]
         finals = [run[last]["success"] for run, last in zip(runs, lasts)]
         tuned = over_seeds([final.mean() for final in finals]) if len(runs) > 1 else cell(finals[0])
-        task = Path(pattern).parts[0] if "aloha" in pattern else Path(pattern).parts[1].removesuffix("_seed1")
-        before += constant_latents(path.parent / "constant_latent" / f"{task.replace('butter_seed*', 'libero_90_task56')}.csv")
+        before += constant_latents(path.parent / "constant_latent" / f"{task}.csv")
         lines.append(f"| {label} | {' | '.join(before)} | **{tuned}** | {len(runs)} | {lasts[0][1] / 1e6:.2f} M | {paper} |")
     publish(path, lines)
 
 
 def constant_latents(path):
-    """Cells of the summary: success with the best constant latent, mean of the searches' last rows, and best of 16, on the evaluation states."""
+    """Cells of the summary, on the evaluation states: the best constant latent, mean and t interval over the searches' last rows, and best of 16
+    with Wilson's interval."""
     if not path.exists():
         return ["–", "–"]
     with open(path, newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["states"] == "evaluation"]
-    searches = {row["seed"]: float(row["success"]) for row in rows if row["policy"] == "constant"}  # a seed's last row stays
-    best = [float(row["success"]) for row in rows if row["policy"] == "best of 16"]
-    return [f"{100 * np.mean(values):.1f} %" if values else "–" for values in (list(searches.values()), best)]
+    counts = {(row["policy"], row["seed"]): (int(row["successes"]), int(row["episodes"])) for row in rows}  # a seed's last row stays
+    searches = [good / n for (policy, _), (good, n) in counts.items() if policy == "constant"]
+    best = counts.get(("best of 16", ""))
+    return [over_seeds(searches) if len(searches) > 1 else "–", over_seeds_and_episodes([best]) if best else "–"]
 
 
 def write_table_1(folder):
