@@ -1,6 +1,7 @@
 """The embedded base: what it loads, what it refuses, and what its latents do."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from scipy import stats
 
 from base_flow import FlowBase
 from env_aloha import Simulator
@@ -60,16 +62,30 @@ def test_decode_against_a_plain_euler_loop_and_numpy_interpolation(base):
     np.testing.assert_allclose(base.decode(context, w).numpy(), expected, atol=1e-4)
 
 
-def test_latents_choose_the_grasp(base):
-    """At an episode's start one and the same state leads to a level or a downward wrist, by the noise alone (D14)."""
-    observation = Simulator().reset(np.array([0.1, 0.5, 0.05, 1, 0, 0, 0]))[1]
-    s, context = base.encode(torch.tensor(observation, dtype=torch.float32).expand(256, -1))
-    actions = base.decode(context, torch.randn(256, 24, generator=torch.Generator().manual_seed(0)))
-    pitch = actions[:, -1, [8, 9, 11]].sum(1)  # shoulder, elbow and wrist angle of the right arm: the gripper's pitch
-    assert pitch.std() > 0.1  # rad
-    low, high = pitch.quantile(0.02), pitch.quantile(0.98)
-    between = ((pitch > low + 0.35 * (high - low)) & (pitch < low + 0.65 * (high - low))).float().mean()
-    assert between < 0.3  # two clusters, little between them
+def test_the_first_latent_chooses_the_grasp_wherever_the_cube_lies(base):
+    """D15: at an episode's start the lowest third of w_0 begins a slide, the rest a hook, in every state and whatever the other latents."""
+    places = [(x, y) for x in np.linspace(0.01, 0.19, 5) for y in np.linspace(0.41, 0.59, 5)]
+    simulator = Simulator()
+    observations = np.array([simulator.reset(np.array([x, y, 0.05, 1, 0, 0, 0]))[1] for x, y in places]).repeat(40, 0)
+    w = torch.randn(len(observations), 24, generator=torch.Generator().manual_seed(0))
+    opening = base.decode(base.encode(observations)[1], w)[:, 20, 13]  # of the right gripper: a slide comes nearly closed
+    hook, border = opening > 0.55, torch.special.ndtri(torch.tensor(1 / 3))
+    assert ((opening - 0.55).abs() > 0.15).float().mean() > 0.98  # hardly anything between the two
+    clear = (w[:, 0] - border).abs() > 0.15
+    assert torch.equal(hook[clear], (w[:, 0] > border)[clear])
+
+
+def test_paired_noise_is_standard_normal_and_tells_the_behaviour():
+    sys.path.insert(0, str(WEIGHTS.parents[1] / "tools"))
+    from clone_base import paired_noise
+
+    torch.manual_seed(0)
+    behaviour = torch.tensor([-1, 0, 1, 1]).repeat(20_000)  # -1: not paired
+    w = paired_noise((80_000, 4), behaviour)
+    assert w[behaviour == 0, 0].max() < -0.4307 < w[behaviour == 1, 0].min() + 1e-3  # the normal distribution's lowest third
+    for rows in (w[behaviour >= 0], w[behaviour < 0]):  # with the second twice as frequent the two make N(0, I) again
+        for k in range(4):
+            assert stats.kstest(rows[:, k].numpy(), "norm").pvalue > 1e-3
 
 
 def damage(path, kind):

@@ -30,12 +30,13 @@ def workers():
 
 
 def demonstration(simulator, seed):
-    """A cube pose and the commands of one scripted top-down transfer, with command noise."""
-    from demo_aloha import Demonstrator, smooth_noise
+    """A cube pose and the commands of one scripted transfer that suits it, with command noise."""
+    from demo_aloha import ARM, MODES, Demonstrator, smooth_noise
 
     rng = np.random.default_rng([9, seed])
     pose = sample_box_poses(rng, 1)[0]
-    return pose, Demonstrator(simulator).plan(1, pose, 0.002, 0.032, rng) + smooth_noise(rng, 0.01)
+    mode = MODES.index("hook" if np.linalg.norm(pose[:2] - ARM) < 0.371 else "slide")
+    return pose, Demonstrator(simulator).plan(mode, pose, 0.002, rng) + smooth_noise(rng, 0.01)
 
 
 def random_commands(seed, n=60):

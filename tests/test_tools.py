@@ -26,19 +26,23 @@ def tool(name, cwd, *flags):
 @pytest.fixture(scope="module")
 def demonstrations(tmp_path_factory):
     cwd = tmp_path_factory.mktemp("demos")
-    result = tool("demo_aloha", cwd, "--num-demos", 10, "--out", "demos.npz", "--seed", 5)
+    result = tool("demo_aloha", cwd, "--num-demos", 16, "--out", "demos.npz", "--seed", 5)
     assert result.returncode == 0, result.stderr
     return cwd, result.stdout
 
 
-def test_the_two_behaviours_differ(demonstrations):
-    """D14: top-down grasps pass the cube on, side grasps lose it, and the labels tell which is which."""
+def test_each_grasp_works_on_its_half_of_the_table(demonstrations):
+    """D15: the slide where the cube lies far from the arm, the hook where it lies near; both are shown at every place."""
+    from demo_aloha import ARM, MODES
+
     cwd, text = demonstrations
     with np.load(cwd / "demos.npz", allow_pickle=False) as file:
-        mode, official, strict, actions = (file[key] for key in ("mode", "official", "strict", "actions"))
-    assert set(mode) == {0, 1} and actions.shape == (10, 400, 14)
-    assert official[mode == 1].mean() > 0.6 and official[mode == 0].mean() < 0.4
-    assert "top-down grasp" in text and "side grasp" in text and "[" in text
+        mode, official, strict, actions, box = (file[key] for key in ("mode", "official", "strict", "actions", "box"))
+    assert set(mode) == {0, 1} and actions.shape == (16, 400, 14) and all(f"{name} " in text for name in MODES) and "[" in text
+    assert (box[::2] == box[1::2]).all() and (mode[::2] != mode[1::2]).all()
+    distance = np.linalg.norm(box[:, :2] - ARM, axis=1)
+    suits, clear = (distance > 0.371) == (mode == MODES.index("slide")), abs(distance - 0.371) > 0.03
+    assert official[suits & clear].mean() > 0.8 and official[~suits & clear].mean() < 0.2
     with np.load(cwd / "demos.npz", allow_pickle=False) as file:
         evaluated = np.abs(file["observations"][:, None, 0, 14:16] - evaluation_poses(200)[None, :, :2]).max(2)
     assert evaluated.min() > 1e-6  # no demonstration starts where an evaluation does (metres; observations are float32)
@@ -57,8 +61,8 @@ def test_cloning_makes_a_base_that_loads(demonstrations):
     assert "exists" in tool("clone_base", cwd, *flags).stderr  # never overwritten by accident
 
 
-def test_libero_demonstrations_and_their_clone(tmp_path):
-    """Deep grasps put the butter into the tray, short ones do not; pushed chunks are marked; the clone loads and is measured."""
+def test_libero_demonstrations(tmp_path):
+    """Deep grasps put the butter into the tray, short ones do not; pushed chunks are marked."""
     result = tool("demo_libero", tmp_path, "--task-ids", "56", "--num-demos", 6, "--out", "demos.npz", "--video", "demos.mp4")
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "demos.mp4").stat().st_size > 10_000
@@ -66,6 +70,18 @@ def test_libero_demonstrations_and_their_clone(tmp_path):
         deep, success, length, pushed, actions = (file[key] for key in ("deep", "success", "length", "pushed", "actions"))
     assert length.sum() == len(actions) == len(pushed) and 0 < pushed.mean() < 0.5
     assert set(deep) == {True, False} and success[deep].all() and not success[~deep].any()
+
+
+def test_each_spot_works_for_its_half_of_the_placements_and_its_clone(tmp_path):
+    """D15: near and far grasps are shown at every placement; which one succeeds is the butter's x."""
+    result = tool("demo_libero", tmp_path, "--task-ids", "56", "--num-demos", 16, "--spots", 0.041, 0.041, "--out", "demos.npz")
+    assert result.returncode == 0, result.stderr
+    with np.load(tmp_path / "demos.npz", allow_pickle=False) as file:
+        spot, success, length, observations = (file[key] for key in ("spot", "success", "length", "observations"))
+    x = observations[np.cumsum(length) - length, 19]  # of the butter, metres; between 0.077 and 0.144
+    assert np.allclose(x[::2], x[1::2], atol=1e-3) and (spot[::2] != spot[1::2]).all()
+    suits, clear = (x > 0.108) == spot, abs(x - 0.108) > 0.012
+    assert success[suits & clear].mean() > 0.75 and success[~suits & clear].mean() < 0.25
     flags = ("--task", "libero_90_task56", "--demos", "demos.npz", "--out", "base.safetensors", "--steps", 30, "--batch", 64, "--eval-episodes", 1)
     result = tool("clone_base", tmp_path, *flags)
     assert result.returncode == 0, result.stderr
@@ -297,9 +313,8 @@ def test_the_queue_lists_its_commands():
     ("plots", ["--strip", "nowhere", "--out", "."], ["--strip is nowhere"]),
     ("plots", ["--strip", "nowhere", "--out", "junk.npz"], ["--out is junk.npz", "folder"]),
     ("demo_aloha", ["--num-demos", "0"], ["--num-demos is 0"]),
-    ("demo_aloha", ["--top-down-share", "1.5"], ["--top-down-share is 1.5"]),
-    ("demo_aloha", ["--share-limits", "0.9", "0.1"], ["--share-limits is 0.9 0.1"]),
     ("demo_aloha", ["--noise", "-1"], ["--noise is -1"]),
+    ("demo_aloha", ["--noise", "0.6"], ["--noise is 0.6", "0.5"]),
     ("demo_aloha", ["--video", "film.gif"], ["--video is film.gif", ".mp4"]),
     ("clone_base", ["--steps", "-3"], ["--steps is -3"]),
     ("constant_latent", ["--episodes", "0"], ["--episodes is 0"]),
@@ -311,6 +326,7 @@ def test_the_queue_lists_its_commands():
     ("clone_base", ["--task", "libero_goal", "--eval-episodes", "51"], ["--eval-episodes is 51", "50"]),
     ("demo_libero", ["--suite", "libero_goal", "--task-ids", "12"], ["--task-ids has 12", "0 to 9"]),
     ("demo_libero", ["--push", "2"], ["--push is 2"]),
+    ("demo_libero", ["--spots", "0.04", "2"], ["--spots is 0.04 2"]),
     ("demo_libero", ["--table-states", "51"], ["--table-states is 51"]),
     ("demo_libero", ["--table", "--out", "junk.npz"], ["--out junk.npz exists", "--overwrite"]),
     ("bench_libero", ["--task-ids", "99"], ["--task-ids has 99"]),

@@ -32,13 +32,16 @@ from run_files import parse_args
 
 # task: latent dimension, control steps a chunk, knots a chunk, gradient steps
 SETTINGS = dict(
-    aloha=(24, 40, 9, 9000),
+    aloha=(24, 40, 9, 10000),
     libero_90_task56=(16, 16, 9, 9000),
     libero_spatial=(16, 16, 9, 15000),
     libero_object=(16, 16, 9, 15000),
     libero_goal=(16, 16, 9, 15000),
     libero_10=(16, 16, 9, 15000),
 )
+UNDECIDED = 5  # control steps at an episode's start, in which the state does not tell the behaviour yet
+# metres a radian at arm's length, of six joints; the gripper's full way counts as 0.1
+ALOHA_LEVERS = (0.5, 0.5, 0.4, 0.05, 0.2, 0.05, 0.1)
 
 
 @dataclass
@@ -66,7 +69,7 @@ class Args:
     blocks: int = 3
     """residual blocks of the velocity network"""
     steps: int | None = None
-    """gradient steps; 9000 for a task, 15000 for a suite if left out"""
+    """gradient steps; 10000 for aloha, 9000 for libero_90_task56, 15000 for a suite if left out"""
     batch: int = 512
     """chunks a gradient step"""
     lr: float = 1e-3
@@ -95,7 +98,11 @@ def fit(base, observations, actions, last, starts, args):
     base.state_std.copy_(observations.std(0).clamp(min=1e-2))  # in rad, m: less is noise of the simulator
     start = starts[torch.randint(len(starts), (20000,))]
     knots = chunks_at(actions, start, last[start], args)
-    scale = actions.std(0) + 1e-3  # every joint counts alike
+    if args.task == "aloha":  # a joint counts by how far it moves the fingertips, which must be exact
+        scale = 1 / torch.tensor(2 * ALOHA_LEVERS)
+    else:
+        scale = actions.std(0) + 1e-3
+        scale[:3] /= 3  # the hand's way counts three times the rest: where it closes must be exact
     chunks = (knots / scale).flatten(1)  # (20000, knots A)
     mean = chunks.mean(0)
     _, singular, components = torch.linalg.svd(chunks - mean, full_matrices=False)
@@ -108,7 +115,20 @@ def fit(base, observations, actions, last, starts, args):
     return lambda knots: ((knots / scale).flatten(1) - mean) @ inverse, explained
 
 
-def clone(base, observations, actions, last, starts, whitened, args):
+def paired_noise(shape, behaviour):
+    """N(0, I) noise for rows of known behaviour (0 or 1; -1: it does not matter). behaviour: (B,) -> (B, D), `shape`.
+
+    Behaviour 0 has the lowest third of the first component, behaviour 1 the rest; it must be twice as frequent, and then
+    all rows together are N(0, I). What a latent asks for is then the same in every state. Without this the clone's own
+    choice depends on the place too, and one constant latent can choose rightly by itself.
+    """
+    noise, quantile = torch.randn(shape), torch.rand(len(behaviour))
+    quantile = torch.where(behaviour == 0, quantile / 3, 1 / 3 + quantile * 2 / 3).clamp(1e-6, 1 - 1e-6)
+    noise[:, 0] = torch.where(behaviour < 0, noise[:, 0], torch.special.ndtri(quantile))
+    return noise
+
+
+def clone(base, observations, actions, last, starts, whitened, behaviours, args):
     """Flow matching on the demonstrations; leaves the averaged weights in `base`. -> the last mean loss."""
     optimizer = torch.optim.AdamW(base.parameters(), args.lr, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps)
@@ -120,7 +140,7 @@ def clone(base, observations, actions, last, starts, whitened, args):
         s, _ = base.encode(observations[start])
         s = s + args.state_noise * torch.randn_like(s)
         w1 = whitened(chunks_at(actions, start, last[start], args))  # (B, D)
-        w0, u = torch.randn_like(w1), torch.rand(args.batch)
+        w0, u = paired_noise(w1.shape, behaviours[start]), torch.rand(args.batch)
         wu = (1 - u[:, None]) * w0 + u[:, None] * w1
         loss = ((base.velocity(wu, u, s) - (w1 - w0)) ** 2).mean()
         optimizer.zero_grad()
@@ -185,7 +205,7 @@ def make_demos(args):
         return demo.run(demo.Args(out=args.demos, workers=args.workers))
     demo = importlib.import_module("demo_libero")
     if args.task == "libero_90_task56":
-        return demo.run(demo.Args(task_ids="56", out=args.demos, workers=args.workers), [56])
+        return demo.run(demo.Args(task_ids="56", spots=(0.041, 0.045), out=args.demos, workers=args.workers), [56])
     name = suite_name(args.task)
     task_ids = demo.COVERED[name]
     defaults = demo.Args(suite=name, task_ids=",".join(map(str, task_ids)), num_demos=120, out=args.demos, workers=args.workers)
@@ -219,7 +239,8 @@ def check(args):
 
 def load_demos(path, task):
     """Observations (N, S) and actions (N, A) of all episodes one after the other, the last step (N,) of every step's episode, whether the
-    arm was pushed (N,), the tasks, and the settings that made them. ValueError if the file has none."""
+    arm was pushed (N,), the behaviour (N,) where the state does not tell it yet, else -1, the tasks, and the settings that made them.
+    ValueError if the file has none."""
     try:
         with np.load(path, allow_pickle=False) as file:
             observations, actions = file["observations"], file["actions"]
@@ -228,8 +249,15 @@ def load_demos(path, task):
                 length, task_ids = np.full(len(actions), actions.shape[1]), None
                 pushed = np.zeros(length.sum(), dtype=bool)
                 observations, actions = observations.reshape(-1, observations.shape[2]), actions.reshape(-1, actions.shape[2])
+                behaviours = np.full((len(length), length[0]), -1)
+                behaviours[:, :UNDECIDED] = file["mode"][:, None]
+                behaviours = behaviours.reshape(-1)
             else:
                 pushed, length, task_ids = file["pushed"], file["length"], sorted({int(k) for k in file["task_id"]})
+                behaviours = np.full(len(pushed), -1)
+                if "spot" in file:
+                    for step in range(UNDECIDED):
+                        behaviours[np.cumsum(length) - length + step] = file["spot"]
     except Exception as error:  # zipfile, zlib, numpy and json each raise their own
         raise ValueError(f"{path} is no file of demonstrations ({error}): remove it, and it is made anew.") from None
     expected = dict(aloha=(21, 14), libero_90_task56=(45, 7)).get(task, (55, 7))
@@ -237,7 +265,7 @@ def load_demos(path, task):
         shapes = f"{observations.shape} and {actions.shape}"
         raise ValueError(f"{path} has arrays of shapes {shapes}: remove it, and it is made anew.")
     last = torch.as_tensor(np.repeat(np.cumsum(length) - 1, length))
-    return torch.tensor(observations), torch.tensor(actions), last, torch.tensor(pushed), task_ids, settings
+    return torch.tensor(observations), torch.tensor(actions), last, torch.tensor(pushed), torch.tensor(behaviours), task_ids, settings
 
 
 def main():
@@ -254,7 +282,7 @@ def main():
     if not args.demos.exists():
         make_demos(args)
     try:
-        observations, actions, last, pushed, task_ids, demonstrations = load_demos(args.demos, args.task)
+        observations, actions, last, pushed, behaviours, task_ids, demonstrations = load_demos(args.demos, args.task)
         if args.task != "aloha" and not own_demos and task_ids != (covered := importlib.import_module("demo_libero").COVERED[suite_name(args.task)]):
             raise ValueError(f"{args.demos} has demonstrations of the tasks {task_ids}, and this base is cloned on {covered}: remove it, and it is made anew, "
                              "or say with --demos that it is what you want.")  # fmt: skip
@@ -286,7 +314,9 @@ def main():
     end = torch.minimum(torch.arange(len(last)) + args.chunk_steps, last + 1)
     starts = torch.nonzero(pushes_before[end] == pushes_before[:-1]).flatten()
     whitened, header["explained_variance"] = fit(base, observations, actions, last, starts, args)
-    header["training"] = dict(training, loss=round(clone(base, observations, actions, last, starts, whitened, args), 4))
+    first = [starts[behaviours[starts] == k] for k in (0, 1)]  # an episode's first decisions count ten times, and
+    starts = torch.cat([starts, first[0].repeat(9), first[1].repeat(19)])  # the second behaviour's twice that
+    header["training"] = dict(training, loss=round(clone(base, observations, actions, last, starts, whitened, behaviours, args), 4))
     base.eval()
     print(f"{args.latent_dim} components keep {100 * header['explained_variance']:.2f} % of the chunks' variance; "
           f"loss {header['training']['loss']}, {time.time() - start:.0f} s")

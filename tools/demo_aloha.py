@@ -1,11 +1,17 @@
 """A scripted, deliberately imperfect demonstrator of Transfer Cube: what the frozen base policy is cloned from.
 
-The right arm grasps the cube, brings it to a meeting point, and the left arm takes it over. Two distinct behaviours
-are mixed, as in the paper's base policy (Fig. 4 and 6; D14): a top-down grasp, which works, and a side grasp, which
-grips the cube too high and loses it. Which one a demonstrator takes depends, loosely, on where the cube lies.
+The right arm grasps the cube, brings it to a meeting point, and the left arm takes it over. It grasps in one of two
+ways, each of which works on one part of the table and fails on the other (D15):
+
+- slide: the nearly closed hand is laid flat on the table in front of its own arm, opens, and slides forward around
+  the cube. The wrist cannot bend enough to lay it down nearer than that: it comes down on a nearer cube.
+- hook: the open hand comes down from above, pointing back, and rakes the cube in. It reaches only so far: a cube
+  farther than about 37 cm from the arm is under the hand or beyond it.
+
+Which one a demonstrator takes does not depend on where the cube lies: every place is shown with both.
 
     python tools/demo_aloha.py                              # demos/aloha.npz and the success of each behaviour
-    python tools/demo_aloha.py --num-demos 20 --video demos.mp4
+    python tools/demo_aloha.py --num-demos 20 --video demos.mp4 --out demos/few.npz
 
 The script is open-loop: fingertip way-points, inverse kinematics, and servo targets that make up for gravity. What is
 executed has smooth noise on it and what is recorded is the clean command, so that a clone learns to recover (DART,
@@ -32,31 +38,28 @@ import mujoco
 from env_aloha import FPS, HORIZON, Simulator, observe, sample_box_poses, strict_success
 from run_files import parse_args
 
-MODES = ("side grasp", "top-down grasp")
+MODES = ("slide", "hook")
 KNOT = 5  # control steps between two solutions of the inverse kinematics
 TIP = 0.135  # metres from the gripper's body to between its fingertips
+ARM = np.array([0.469, 0.5])  # where the right arm stands, metres
+SLIDE_PITCH, SLIDE_START = -8, 0.332  # degrees, 0 is level; metres from the arm at which the flat hand comes down
+HOOK_PITCH, HOOK_BEYOND = -150, 0.030  # degrees, -90 is straight down; metres behind the cube it comes down
+HOOK_REACH = 0.260  # and never closes farther from the arm than this, metres
 MEET_PITCH = -15  # degrees of the right gripper at the hand-over
 REACH = 0.015  # metres that the left fingertips go beyond the meeting point
 CUBE_HEIGHT = 0.02  # of its centre on the table, metres
+MOMENTS = (0, 20, 40, 60, 90, 132, 160, 205, 300)  # control steps of the strip of pictures
 
 
 @dataclass
 class Args:
-    num_demos: int = 800
-    """number of demonstrations"""
+    num_demos: int = 1000
+    """number of demonstrations, two of each cube pose"""
     seed: int = 0
-    """of cube poses, behaviours and noise"""
-    top_down_share: float = 0.42
-    """share of top-down grasps, 0 ... 1, where the cube lies half-way"""
-    share_slope: float = 1.0
-    """the share is this much larger where the cube lies nearest to the right arm, smaller where farthest ..."""
-    share_limits: tuple[float, float] = (0.1, 0.7)
-    """... within these limits"""
-    side_height: float = 0.032
-    """how far above the cube's centre the side grasp grips, metres; the cube's half height is 0.02"""
-    noise: float = 0.002
+    """of cube poses and noise"""
+    noise: float = 0.001
     """standard deviation of grasp and meeting points, metres; the grasp's pitch has 500 degrees for each metre"""
-    command_noise: float = 0.02
+    command_noise: float = 0.015
     """largest amplitude of the smooth noise on the executed joint commands, rad; none on the grippers"""
     workers: int = 2
     """simulator processes"""
@@ -65,7 +68,7 @@ class Args:
     overwrite: bool = False
     """replace an existing file"""
     video: Path | None = None
-    """also write an mp4 with one episode of each behaviour (needs EGL)"""
+    """also write an mp4, or a png of nine moments, with a success and a failure of each behaviour (needs EGL)"""
 
 
 class Demonstrator:
@@ -88,34 +91,49 @@ class Demonstrator:
     def _forward(self, side):  # where the gripper points to at the start: the arms face each other
         return np.array([1.0, 0, 0]) if side == "left" else np.array([-1.0, 0, 0])
 
-    def plan(self, mode, box_pose, noise, side_height, rng):
+    def plan(self, mode, box_pose, noise, rng):
         """Joint targets of one episode. mode: index into MODES, box_pose: (7,) -> (HORIZON, 14)."""
-        top_down = mode == MODES.index("top-down grasp")
-        pitch = (-60 if top_down else -10) + rng.normal(0, 500 * noise)  # degrees
-        grasp = np.array([box_pose[0], box_pose[1], CUBE_HEIGHT + (0 if top_down else side_height)])
+        slide = mode == MODES.index("slide")
+        pitch = (SLIDE_PITCH if slide else HOOK_PITCH) + rng.normal(0, 500 * noise)  # degrees
+        grasp = np.array([*box_pose[:2], CUBE_HEIGHT + (0 if slide else 0.01)])
         grasp += np.r_[rng.normal(0, noise, 2), abs(rng.normal(0, 0.6 * noise))]
+        away = np.r_[grasp[:2] - ARM, 0] / np.linalg.norm(grasp[:2] - ARM)  # from the arm to the cube
+        # the way to the ready pose is the same wherever the cube lies; after a second each hand has come down
+        if slide:
+            ready, ready_pitch, lift_pitch = [ARM[0] - SLIDE_START, ARM[1], 0.08], SLIDE_PITCH, SLIDE_PITCH
+            down = np.r_[ARM, CUBE_HEIGHT] + SLIDE_START * away
+            above, steps, opening, soon = down, (36, 36, 52), 0.25, 16
+        else:
+            ready, ready_pitch, lift_pitch = [0.12, ARM[1], 0.22], -90, -120
+            grasp[:2] = ARM + min(np.linalg.norm(grasp[:2] - ARM), HOOK_REACH) * away[:2]
+            down = grasp + HOOK_BEYOND * away
+            above, steps, opening, soon = down + [0, 0, 0.06], (42, 58, 76), 1, 22
         meet = np.array([0.0, 0.5, 0.28]) + rng.normal(0, noise, 3)
         left = meet + rng.normal(0, noise, 3)
         # fingertip way-points: control step, x, y, z (m), pitch or roll (degrees), gripper (1 open, 0 closed)
         right_points = [
-            (0, *self.start_tip["right"], 0, 1),
-            (70, *(grasp + [0, 0, 0.08]), pitch, 1),
-            (110, *grasp, pitch, 1),
-            (125, *grasp, pitch, 1),
-            (155, *grasp, pitch, 0),
-            (220, *meet, MEET_PITCH, 0),
-            (305, *meet, MEET_PITCH, 0),
-            (325, *meet, MEET_PITCH, 1),
-            (370, *(meet + [0.1, 0, 0]), MEET_PITCH, 1),
+            (0, *self.start_tip["right"], 0, 0),
+            (soon, *ready, ready_pitch, opening),
+            (steps[0], *above, pitch, opening),
+            (steps[1], *down, pitch, opening),
+            (steps[2], *down, pitch, 1),
+            (132, *grasp, pitch, 1),
+            (154, *grasp, pitch, 0),
+            (172, *grasp, pitch, 0),
+            (205, *(grasp + [0, 0, 0.1]), lift_pitch, 0),
+            (250, *meet, MEET_PITCH, 0),
+            (322, *meet, MEET_PITCH, 0),
+            (342, *meet, MEET_PITCH, 1),
+            (385, *(meet + [0.1, 0, 0]), MEET_PITCH, 1),
         ]
         left_points = [
             (0, *self.start_tip["left"], 0, 1),
             (120, *(left - [0.12, 0, 0]), 90, 1),
-            (220, *(left - [0.12, 0, 0]), 90, 1),
-            (270, *(left + [REACH, 0, 0]), 90, 1),
-            (300, *(left + [REACH, 0, 0]), 90, 0),
-            (330, *(left + [REACH, 0, 0]), 90, 0),
-            (370, *(left - [0.1, 0, 0]), 90, 0),
+            (240, *(left - [0.12, 0, 0]), 90, 1),
+            (288, *(left + [REACH, 0, 0]), 90, 1),
+            (316, *(left + [REACH, 0, 0]), 90, 0),
+            (346, *(left + [REACH, 0, 0]), 90, 0),
+            (385, *(left - [0.1, 0, 0]), 90, 0),
         ]
         times = np.arange(0, HORIZON + KNOT, KNOT)
         paths = {}
@@ -129,6 +147,8 @@ class Demonstrator:
                 x, y, z, angle, gripper = paths[side][k]
                 axis = np.array([1.0, 0, 0]) if side == "left" else np.array([0, 1.0, 0])
                 rotation = rotation_about(axis, np.deg2rad(angle))
+                if side == "right":  # the hand points away from the arm's foot, so that the arm stays in one plane
+                    rotation = rotation_about(np.array([0, 0, 1.0]), np.arctan2(ARM[1] - y, ARM[0] - x)) @ rotation
                 self._solve(side, np.array([x, y, z]) - TIP * rotation @ self._forward(side), rotation)
                 actions[k, offset : offset + 6] = self.data.qpos[self.dofs[side]]
                 actions[k, offset + 6] = gripper
@@ -159,6 +179,7 @@ class Demonstrator:
             error = np.concatenate([error_p, 0.3 * error_r, -pull @ data.qpos[dofs]])
             step = np.linalg.solve(jacobian.T @ jacobian + 1e-5 * np.eye(6), jacobian.T @ error)
             data.qpos[dofs] += step.clip(-0.2, 0.2)
+        data.qpos[dofs] = data.qpos[dofs].clip(*model.jnt_range[dofs].T)  # as far as the joints go
 
 
 def rotation_about(axis, angle):
@@ -184,9 +205,9 @@ def demonstrate(job):
     if "simulator" not in globals():  # once a process
         simulator = Simulator()
         demonstrator = Demonstrator(simulator)
-    mode, box_pose, noise, command_noise, side_height, seed = job
+    mode, box_pose, noise, command_noise, seed = job
     rng = np.random.default_rng(seed)
-    actions = demonstrator.plan(mode, box_pose, noise, side_height, rng)
+    actions = demonstrator.plan(mode, box_pose, noise, rng)
     executed = actions + smooth_noise(rng, rng.uniform(0, command_noise))
     chunk = simulator.run(simulator.reset(box_pose)[0], executed, record=True)
     if chunk.diverged:  # left out of the data
@@ -195,24 +216,14 @@ def demonstrate(job):
     return observations, actions.astype(np.float32), (chunk.rewards == 4).any(), strict_success(chunk.held), chunk.qpos
 
 
-def choose_modes(rng, poses, args):
-    """Indices into MODES. Zero latents pick the behaviour that is more frequent at a state, Gaussian ones mix the two:
-    that the share depends on the cube's place, with both behaviours everywhere, makes the two succeed alike (D14)."""
-    nearness = (poses[:, 0] - 0.1) / 0.1  # -1 … 1 towards the right arm
-    share = (args.top_down_share + args.share_slope * nearness).clip(*args.share_limits)
-    return (rng.random(len(poses)) < share).astype(int)
-
-
 def make_demos(args):
     """Demonstrations as a dict of arrays: observations (n, T, 21), actions (n, T, 14), official, strict, mode (n,),
     qpos (n, T + 1, 23), box (n, 7)."""
     rng = np.random.default_rng([2, args.seed])  # 2: demonstrations; 0 and 1 are evaluation and training
-    poses = sample_box_poses(rng, args.num_demos)
-    modes = choose_modes(rng, poses, args)
-    jobs = [
-        (modes[i], poses[i], args.noise, args.command_noise, args.side_height, [2, args.seed, i + 1])
-        for i in range(args.num_demos)
-    ]
+    # each place twice, once a behaviour: no chance correlation of the two that a clone could learn
+    poses = sample_box_poses(rng, -(-args.num_demos // len(MODES))).repeat(len(MODES), 0)
+    modes = np.arange(args.num_demos) % len(MODES)
+    jobs = [(modes[i], poses[i], args.noise, args.command_noise, [2, args.seed, i + 1]) for i in range(args.num_demos)]
     with multiprocessing.get_context("spawn").Pool(min(args.workers, args.num_demos)) as pool:
         results = list(tqdm(pool.imap(demonstrate, jobs, chunksize=2), total=len(jobs), desc="demonstrations"))
     kept = [i for i, r in enumerate(results) if r is not None]
@@ -234,20 +245,13 @@ def check(args):
             return f"--{flag.replace('_', '-')} is {getattr(args, flag)}: give 1 or more."
     if args.seed < 0:
         return f"--seed is {args.seed}: give 0 or more."
-    if not 0 <= args.top_down_share <= 1:
-        return f"--top-down-share is {args.top_down_share}: give a share from 0 to 1."
-    for flag in ("noise", "command_noise", "side_height"):
+    for flag in ("noise", "command_noise"):
         if not 0 <= getattr(args, flag) <= 0.5:
             return f"--{flag.replace('_', '-')} is {getattr(args, flag)}: give a number from 0 to 0.5."
-    if not -10 <= args.share_slope <= 10:
-        return f"--share-slope is {args.share_slope}: give a number from -10 to 10."
-    low, high = args.share_limits
-    if not 0 <= low <= high <= 1:
-        return f"--share-limits is {low} {high}: give two shares from 0 to 1, the smaller one first."
     if args.out.exists() and not args.overwrite:
         return f"--out {args.out} exists: give another path, or --overwrite to replace it."
-    if args.video and args.video.suffix != ".mp4":
-        return f"--video is {args.video}: give a path that ends in .mp4."
+    if args.video and args.video.suffix not in (".mp4", ".png"):
+        return f"--video is {args.video}: give a path that ends in .mp4, or in .png for a strip of pictures."
     if args.video and (problem := opengl_problem()):
         return f"--video {args.video} needs OpenGL: {problem}, or leave the flag out."
 
@@ -275,10 +279,18 @@ def run(args):
     if args.video:
         import imageio.v2 as imageio  # ffmpeg, for this flag only
 
-        first = np.concatenate([np.flatnonzero(demos["mode"] == mode)[:1] for mode in range(len(MODES))])
-        frames = np.concatenate([Simulator().render(qpos[i][::2]) for i in first])
+        first = []
+        for mode in range(len(MODES)):
+            for good in (True, False):
+                first.extend(np.flatnonzero((demos["mode"] == mode) & (demos["official"] == good))[:1])
         args.video.parent.mkdir(parents=True, exist_ok=True)
-        imageio.mimwrite(args.video, frames, fps=FPS // 2, macro_block_size=1)
+        moments = list(MOMENTS) if args.video.suffix == ".png" else slice(None, None, 2)
+        episodes = [Simulator().render(qpos[i][moments]) for i in first]  # (frames, height, width, 3) each
+        if args.video.suffix == ".png":
+            rows = [np.concatenate(list(frames[:, 60:195]), 1) for frames in episodes]  # the table only
+            imageio.imwrite(args.video, np.concatenate(rows)[::2, ::2])
+        else:
+            imageio.mimwrite(args.video, np.concatenate(episodes), fps=FPS // 2, macro_block_size=1)
         print(f"wrote {args.video}")
 
 

@@ -2,9 +2,11 @@
 
 It works from the goal in the task's BDDL file: for every (on/in, object, place) it grasps the object from above, carries it
 and lets go. It knows all poses and shapes. Two distinct behaviours are mixed (D14): a *deep* grasp, which works, and a
-*short* grasp, which stops before and above the object, closes on nothing and carries nothing to the goal.
+*short* grasp, which stops before and above the object, closes on nothing and carries nothing to the goal. With --spots
+both are deep, and each works for one half of the placements (D15): the hand comes low to a *near* spot or high to a
+*far* one, always the same distance from the robot, whether the object lies there or its end is just out of reach.
 
-    python tools/demo_libero.py --suite libero_90 --task-ids 56        # demos/libero_90_task56.npz
+    python tools/demo_libero.py --suite libero_90 --task-ids 56 --spots 0.041 0.045      # demos/libero_90_task56.npz
     python tools/demo_libero.py --suite libero_goal --task-ids 1,2     # demos/libero_goal_task1_2.npz
     python tools/demo_libero.py --table --out table.csv                # all 40 tasks from their official initial states
 
@@ -44,14 +46,16 @@ BELOW_TOP = dict(moka_pot=0.015, wine_bottle=0.05, black_book=0.03)  # grip heig
 FINE_GAIN = 60.0  # where an object is set down: the controller stops short of its goal by up to half the way
 REACH = 0.74  # metres from the robot's base, horizontally; farther the arm is nearly straight
 SHORT = np.array([-0.045, 0.0, 0.02])  # where the short grasp closes, from the upper end of the object
+SPOTS, HEIGHTS = ("near", "far"), (0.04, 0.18)  # at which the hand comes to its spot, metres over the grip
 
 
 class Demonstrator:
     """The script of one episode, as a generator of actions: `next(demonstrator.actions)` looks at the simulator and acts."""
 
-    def __init__(self, simulator, deep):
-        """deep: whether the grasp of each goal in turn is deep (list of bool)."""
-        self.sim, self.env, self.data, self.deep = simulator, simulator.env, simulator.data, deep
+    def __init__(self, simulator, deep, spot=None):
+        """deep: whether the grasp of each goal in turn is deep (list of bool). spot: x where the hand grips, whether or
+        not the object lies there, and the height over it at which it comes (m); None where it looks."""
+        self.sim, self.env, self.data, self.deep, self.spot = simulator, simulator.env, simulator.data, deep, spot
         self.robot = self.data.body("robot0_base").xpos
         self.turned = None  # rotation that the hand shall have
         self.actions = self._script()
@@ -149,7 +153,7 @@ class Demonstrator:
             while not self.env._eval_predicate(goal) and tries < 8:
                 yield from self._fetch(goal, deep, tries)
                 tries += 1
-                if not deep:
+                if not deep or self.spot:
                     break
             if not deep:
                 break  # this demonstrator does not look back
@@ -162,12 +166,14 @@ class Demonstrator:
         grip, across, top = self._grasp(name, tries)
         if not deep:
             grip = np.r_[grip[:2], top] + SHORT
+        if self.spot:
+            grip[0] = self.spot[0]
         self._turn_to(across)
         body = self.env.obj_body_id[name]
         start_height = self.data.xpos[body][2]
         height = lambda: self.data.xpos[body][2] - start_height
 
-        above = np.r_[grip[:2], grip[2] + 0.10]
+        above = np.r_[grip[:2], grip[2] + (self.spot[1] if self.spot else 0.10)]
         if tries:
             above[2] = max(above[2], self.hand[2])
         over = self._over(name, grip)
@@ -238,14 +244,14 @@ def pushes(rng, steps, amplitude):
     return noise
 
 
-def demonstrate(simulators, task_id, start, deep, limit, idle, push, seed, record):
-    """One episode. deep: per goal. -> observations (T, S), clean commands (T, 7), success, frames or None, whether pushed (T,).
+def demonstrate(simulators, task_id, start, deep, limit, idle, push, seed, record, spot=None):
+    """One episode. deep: per goal. spot: see Demonstrator. -> observations (T, S), clean commands (T, 7), success, frames or None, whether pushed (T,).
 
     It ends at success, at `limit`, or after `idle` steps in which the script had nothing left to do.
     """
     simulator, rng = simulators[task_id], np.random.default_rng(seed)
     state, observation = simulator.reset(start)
-    demonstrator = Demonstrator(simulator, deep)
+    demonstrator = Demonstrator(simulator, deep, spot)
     noise = pushes(rng, limit, push)
     observations, commands, frames, waited = [], [], [], 0
     for t in range(limit):
@@ -282,6 +288,8 @@ class Args:
     """the share is this much larger where the object lies farthest from the robot, smaller where nearest ..."""
     share_limits: tuple[float, float] = (0.15, 0.85)
     """... within these limits"""
+    spots: tuple[float, float] = (0.0, 0.0)
+    """grip so far (m) before and behind where the object lies on average, instead of deep and short; 0 0 is off (D15)"""
     push: float = 0.6
     """largest amplitude of the pushes on the executed commands (1 is full speed); none on the gripper"""
     workers: int = 2
@@ -338,10 +346,12 @@ def make_demos(args, task_ids):
         for k in task_ids:
             rng = np.random.default_rng([2, args.seed, k, 0])  # 2: demonstrations; 1 is training
             for i in range(args.num_demos):
-                jobs.append((k, placed(rng.integers(2**32)), [2, args.seed, k, i + 1]))
+                if i % 2 == 0 or not any(args.spots):  # with spots every placement is shown twice
+                    start = placed(rng.integers(2**32))
+                jobs.append((k, start, [2, args.seed, k, i + 1]))
         starts = pool.map(first_goals, [j[0] for j in jobs], [j[1] for j in jobs])
         rng = np.random.default_rng([2, args.seed, 0, 0, 0])
-        columns = [[], [], [], [], [], [], [], []]
+        columns = [[] for _ in range(9)]
         for k in task_ids:
             mine = [i for i, job in enumerate(jobs) if job[0] == k]
             x = np.array([starts[i][0] for i in mine])
@@ -349,12 +359,15 @@ def make_demos(args, task_ids):
             nearness = ((x - (low + high) / 2) / max((high - low) / 2, 0.01)).clip(-1, 1)  # some tasks place their object within millimetres
             goals = starts[mine[0]][1]
             share = (args.deep_share + args.share_slope * nearness).clip(*args.share_limits) ** (1 / goals)
+            spots = list(zip(x.mean() + np.array([-1, 1]) * args.spots, HEIGHTS))
             for i, p in zip(mine, share):
-                job = (k, jobs[i][1], list(rng.random(goals) < p), STEP_LIMIT[args.suite], 20, args.push, jobs[i][2], False)
+                deep, spot = (list(rng.random(goals) < p), None) if not any(args.spots) else ([True] * goals, spots[i % 2])
+                job = (k, jobs[i][1], deep, STEP_LIMIT[args.suite], 20, args.push, jobs[i][2], False, spot)
                 for column, value in zip(columns, job):
                     column.append(value)
         if args.video:
-            columns[7] = [i in (np.argmin([all(d) for d in columns[2]]), np.argmax([all(d) for d in columns[2]])) for i in range(len(jobs))]
+            shown = [columns[8][i] is columns[8][0] if any(args.spots) else all(d) for i, d in enumerate(columns[2])]
+            columns[7] = [i in (np.argmin(shown), np.argmax(shown)) for i in range(len(jobs))]
         size, results = 4 * args.workers, []
         for i in tqdm(range(0, len(jobs), size), desc="demonstrations"):
             results += pool.map(demonstrate, *[column[i : i + size] for column in columns])
@@ -362,6 +375,8 @@ def make_demos(args, task_ids):
     pick = lambda c: [results[i][c] for i in kept]
     demos = dict(observations=np.concatenate(pick(0)), actions=np.concatenate(pick(1)), pushed=np.concatenate(pick(4)), length=np.array([len(a) for a in pick(1)]),
                  success=np.array(pick(2)), task_id=np.array([columns[0][i] for i in kept]), deep=np.array([all(columns[2][i]) for i in kept]))  # fmt: skip
+    if any(args.spots):
+        demos["spot"] = np.array([HEIGHTS.index(columns[8][i][1]) for i in kept])  # 0 near, 1 far
     return demos, [(columns[0][i], results[i][3]) for i in kept if results[i][3] is not None]
 
 
@@ -387,6 +402,8 @@ def check(args):
         return f"--push is {args.push}: give a number from 0 to 1."
     if not -10 <= args.share_slope <= 10:
         return f"--share-slope is {args.share_slope}: give a number from -10 to 10."
+    if not all(0 <= distance <= 0.2 for distance in args.spots):
+        return f"--spots is {args.spots[0]} {args.spots[1]}: give two distances from 0 to 0.2 metres."
     low, high = args.share_limits
     if not 0 <= low <= high <= 1:
         return f"--share-limits is {low} {high}: give two shares from 0 to 1, the smaller one first."
@@ -406,8 +423,9 @@ def run(args, task_ids):
     settings["command"] = " ".join(["python tools/demo_libero.py", *flags, f"--out {args.out.as_posix()}"])
     settings["success"] = {}
     for k in task_ids:
-        for deep, name in ((False, "with a short grasp"), (True, "deep grasps"), (None, "all")):
-            chosen = (demos["task_id"] == k) & (demos["deep"] == deep if deep is not None else True)
+        kinds = ((0, "near spot"), (1, "far spot")) if any(args.spots) else ((False, "with a short grasp"), (True, "deep grasps"))
+        for kind, name in (*kinds, (None, "all")):
+            chosen = (demos["task_id"] == k) & (demos["spot" if any(args.spots) else "deep"] == kind if kind is not None else True)
             if n := int(chosen.sum()):
                 good = int(demos["success"][chosen].sum())
                 print(f"task {k:2d} {name:18s} {n:5d} demonstrations: {interval(good, n)}")

@@ -51,7 +51,7 @@ CURVES = (
 
 @dataclass
 class Args:
-    latents: tuple[Path, ...] = (ROOT / "results/aloha/seed1", ROOT / "results/libero/butter_seed1")
+    latents: tuple[Path, ...] = (ROOT / "results/libero/butter_seed1",)
     """folders with latents.npz"""
     exploration: tuple[Path, ...] = tuple(sorted((ROOT / "results" / "ablations").glob("*k4*_seed*")))
     """folders with latents.npz of runs with --explore-steps > 0"""
@@ -156,33 +156,6 @@ def draw_ablations(out, path):
     for panel in panels[::2]:
         panel.legend(fontsize=6.5, frameon=False, loc="lower right", title="row, number of seeds", title_fontsize=6.5)
     save(figure, out, "table2")
-
-
-def draw_long_runs(out, folder):
-    """Long runs, a folder each: success and the latents' norm; of those with memory.csv (tools/watch_memory.py) speed and memory too."""
-    figure, panels = plt.subplots(1, 4, figsize=(12, 3))
-    keys = "charts/env_steps eval/success eval/success_low eval/success_high charts/success latent/norm charts/SPS".split()
-    for run, color in zip(sorted((path.parent for path in folder.glob("*/metrics.csv")), reverse=True), (RED, GREEN, BLUE, GREY)):
-        steps, tested, low, high, trained, norm, speed = read_columns(run / "metrics.csv", keys)
-        label, at = run.name.replace("_", " "), np.isfinite(tested)
-        panels[0].plot(steps / 1e6, 100 * smooth(trained, 10), color=color, lw=1, label=label)
-        panels[0].errorbar(steps[at] / 1e6, 100 * tested[at], 100 * np.abs(np.stack([low, high]) - tested)[:, at], color=color, fmt="o", ms=3, lw=1)
-        panels[1].plot(steps / 1e6, smooth(norm, 10), color=color, lw=1, label=label)
-        if (run / "memory.csv").exists():
-            seconds, memory = read_columns(run / "memory.csv", ("seconds", "pss_mib"))
-            minutes = np.cumsum(np.clip(np.diff(seconds, prepend=0), 0, None)) / 60  # a resume starts from 0 again
-            panels[2].plot(steps / 1e6, smooth(speed, 20), color=color, lw=1, label=label)
-            panels[3].plot(minutes, memory, color=color, lw=1, label=label)
-    panels[0].set(ylabel="success (%); points: held-out states", ylim=(0, 102))
-    panels[1].set(ylabel="norm of the latents")
-    panels[2].set(ylabel="control steps a second", ylim=(0, None))
-    panels[3].set(ylabel="memory of all processes (MiB)", ylim=(0, None), xlabel="minutes")
-    for panel in panels[:3]:
-        panel.set(xlabel="environment steps (millions)")
-    for panel in panels:
-        panel.legend(fontsize=6, frameon=False, loc="upper left" if panel is panels[1] else "lower right")
-    figure.suptitle("ALOHA, seed 1: running means of 10 iterations (speed: 20); intervals: Wilson 95 %, 100 episodes, 200 at 10 M", fontsize=9)
-    save(figure, out, "long_run")
 
 
 # ---- Fig. 5 and 7 ----
@@ -531,8 +504,6 @@ if __name__ == "__main__":
                 draw_curves(args.out, name, folders, title, paper)
         if (curves := ROOT / "results" / "ablations" / "runs_curves.csv").exists():
             draw_ablations(args.out, curves)
-        if (long_runs := ROOT / "results" / "long_run").exists():
-            draw_long_runs(args.out, long_runs)
     if everything or args.latents != Args.latents:
         rows = [row for folder in args.latents for row in latent_pictures(args.out, folder)]
         write_rows(args.out / "latents.csv", "task groups group measure value low high episodes latents".split(), rows)

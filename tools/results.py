@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 from run_files import parse_args, rate, wilson, write_atomically
 
-PAGES = tuple(ROOT / name for name in ("README.md", "results/aloha.md", "results/libero.md"))
+PAGES = tuple(ROOT / name for name in ("README.md", "results/aloha.md", "results/former_bases.md", "results/libero.md"))
 # folder, runs that count there, runs that are the seeds of the picture, its title, the paper's figure and its name
 PICTURES = (
     ("aloha", "", "seed", "FPO on ALOHA Transfer Cube: the first 100 evaluation states at every point", 65, "paper (π$_0$) at 1.6 M"),
@@ -108,9 +108,12 @@ def write_table(folder, runs, seeds, strict):
         lines.append(table_row(name.replace("seed", "seed ").replace("_", " "), runs[name]))
     if not strict:
         lines = ["|".join(cell for i, cell in enumerate(line.split("|")) if i != 6) for line in lines]
-    final = np.array([run[last_evaluation(run)]["success"].mean() for run in seeds.values()])
-    if len(final) > 1:
-        lines += ["", f"Mean of the last evaluation over {len(final)} seeds: **{over_seeds(final)}** (95 % t interval over seeds)."]
+    kinds = {}  # runs of one name but for the seed
+    for name, run in {**seeds, **runs}.items():
+        kinds.setdefault(name.split("seed")[0].strip("_") or "FPO", []).append(run[last_evaluation(run)]["success"].mean())
+    means = [f"{kind} **{over_seeds(shares)}**" for kind, shares in kinds.items() if len(shares) > 1]
+    if means:
+        lines += ["", f"Means of the last evaluation (95 % t interval over seeds): {', '.join(means)}."]
     publish(folder / "table.md", lines)
 
 
@@ -128,7 +131,8 @@ def publish(path, lines):
 
 def write_suites(folder):
     """suites.md, as the paper's Table I: a row a suite, averages over the tasks that the base was cloned on; and a table of all tasks."""
-    lines = ["| suite | tasks cloned | base | zero latents | tuned | paper, π_0-FPO | steps | fixed | broken |", "|" + "---|" * 9]
+    head = "suite, tasks cloned, base, zero latents, constant latent, one a task, best of 16, tuned, paper, steps, fixed, broken"
+    lines = [f"| {head.replace(', ', ' | ')} |", "|" + "---|" * 12]
     tasks = ["suite,task_id,task,policy,successes,episodes"]
     for suite, (name, paper) in SUITES.items():
         run_folder = folder / f"{suite}_seed1"
@@ -143,7 +147,10 @@ def write_suites(folder):
             table = list(csv.DictReader(file))
         cloned = sorted({int(row["task_id"]) for row in table if row["cloned"] == "True" and row["task_id"].isdigit()})
         listed = f"{len(cloned)} of 10" + ("" if len(cloned) == 10 else f" (not {', '.join(str(k) for k in range(10) if k not in cloned)})")
-        cells = [name, listed, cell(before), cell(policies[1]["success"]), f"**{cell(after)}**", f"{paper} %", f"{last[1] / 1e6:.2f} M",
+        searches = folder.parent / "constant_latent"
+        one, best = constant_latents(searches / f"{suite}.csv")
+        per_task, _ = constant_latents(searches / f"{suite}_per_task.csv")
+        cells = [name, listed, cell(before), cell(policies[1]["success"]), one, per_task, best, f"**{cell(after)}**", f"{paper} %", f"{last[1] / 1e6:.2f} M",
                  str((after > before).sum()), str((after < before).sum())]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
         tasks += [",".join([suite, r["task_id"], r["task"], r["policy"] or "not cloned", r["successes"], r["episodes"]]) for r in table if r["task_id"].isdigit()]
@@ -172,16 +179,17 @@ def write_summary(path):
 
 
 def constant_latents(path):
-    """Cells of the summary, on the evaluation states: the best constant latent, mean and t interval over the searches' last rows, and best of 16
-    with Wilson's interval."""
+    """Cells of the summary, on the evaluation states: the best constant latent, mean and t interval over the searches' last rows, of one search
+    Wilson's, and best of 16 with Wilson's."""
     if not path.exists():
         return ["–", "–"]
     with open(path, newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["states"] == "evaluation"]
     counts = {(row["policy"], row["seed"]): (int(row["successes"]), int(row["episodes"])) for row in rows}  # a seed's last row stays
-    searches = [good / n for (policy, _), (good, n) in counts.items() if policy == "constant"]
+    searches = [count for (policy, _), count in counts.items() if policy.startswith("constant")]
+    constant = over_seeds([good / n for good, n in searches]) if len(searches) > 1 else over_seeds_and_episodes(searches) if searches else "–"
     best = counts.get(("best of 16", ""))
-    return [over_seeds(searches) if len(searches) > 1 else "–", over_seeds_and_episodes([best]) if best else "–"]
+    return [constant, over_seeds_and_episodes([best]) if best else "–"]
 
 
 def write_table_1(folder):

@@ -1,10 +1,13 @@
-"""A control: more behaviour cloning. The same flow actor, fitted to its own successful episodes (reward-weighted flow matching), on ALOHA.
+"""A control: more behaviour cloning. The same flow actor, fitted to its own successful episodes (reward-weighted flow matching).
 
     python tools/train_cloning.py --seed 1
+    python tools/train_cloning.py --task libero_90_task56 --seed 1
 
-Same frozen base, environments and evaluation states as train_aloha.py; no critic, no ratio, no advantage. After every rollout the actor takes
-gradient steps (32 an iteration, where FPO's actor takes 8) of the plain CFM loss on the decisions of episodes that succeeded: the mean of
-∇ℓ_cfm(x | s; θ) over those, that is Eq. 4 with a weight of 1 for success and 0 for failure. The learning rate falls to 0, as FPO's. It writes args.json, metrics.csv, eval.csv and last.pt, as the train scripts do. A run that was interrupted starts anew.
+Same frozen base, environments and evaluation states as the train scripts; no critic, no ratio, no advantage. After every
+rollout the actor takes gradient steps (32 an iteration, where FPO's actor takes 8) of the plain CFM loss on the decisions
+of episodes that succeeded: the mean of ∇ℓ_cfm(x | s; θ) over those, that is Eq. 4 with a weight of 1 for success and 0
+for failure. The learning rate falls to 0, as FPO's. It writes args.json, metrics.csv, eval.csv and last.pt, as the train
+scripts do. A run that was interrupted starts anew.
 """
 
 import math
@@ -25,7 +28,6 @@ import torch
 from tqdm import tqdm
 
 from base_flow import FlowBase
-from env_aloha import TrainingEnvs, Workers, evaluation_poses, play_episodes
 from fpo_actor import FlowActor, draw_flow_noise
 from ranks import CPUS
 from run_files import CsvLog, compare, evaluation_columns, new_run_folder, parse_args, rate, save_checkpoint, stop, write_args
@@ -33,14 +35,14 @@ from run_files import CsvLog, compare, evaluation_columns, new_run_folder, parse
 
 @dataclass
 class Args:
-    task: Literal["aloha"] = "aloha"
+    task: Literal["aloha", "libero_90_task56"] = "aloha"
     """what to train on"""
     seed: int = 1
     """seed of the actor, every draw and the training episodes"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where the networks run; auto takes CUDA where there is one"""
-    total_env_steps: int = 800_000
-    """control steps of training, evaluation not counted"""
+    total_env_steps: int | None = None
+    """control steps of training, evaluation not counted; 800 000 for aloha, 250 000 for LIBERO if left out"""
     num_envs: int = 32
     """parallel environments"""
     num_workers: int = min(CPUS, 16)
@@ -59,29 +61,40 @@ class Args:
     """steps in which the actor's flow is integrated"""
     num_draws: int = 16
     """N, draws of (u, ε) behind every CFM loss"""
-    eval_every: int = 200_000
-    """control steps between evaluations"""
-    eval_episodes: int = 200
-    """episodes of the first and the last evaluation, half of them between"""
+    eval_every: int | None = None
+    """control steps between evaluations; 200 000 for aloha, 50 000 for LIBERO if left out"""
+    eval_episodes: int | None = None
+    """episodes of the first and the last evaluation, half of them between; 200 for aloha, 50 for LIBERO if left out"""
     run_name: str | None = None
     """folder below runs/; cloning_<task>__seed<seed>__<time> if left out"""
 
 
 if __name__ == "__main__":
     args = parse_args(Args, __doc__)
+    aloha = args.task == "aloha"
+    for name, default in dict(total_env_steps=(250_000, 800_000), eval_every=(50_000, 200_000), eval_episodes=(50, 200)).items():
+        if getattr(args, name) is None:
+            setattr(args, name, default[aloha])
     for name in ("total_env_steps", "num_envs", "num_workers", "rollout_decisions", "window", "updates", "minibatch_size", "actor_lr", "flow_steps",
                  "num_draws", "eval_every", "eval_episodes"):  # fmt: skip
         if not 0 < getattr(args, name) < math.inf:
             stop(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be positive and finite")
     if not 0 <= args.seed < 2**63:
         stop(f"--seed is {args.seed}; it must lie between 0 and 2**63")
+    if not aloha:
+        from env_libero import libero_problem
+
+        if args.eval_episodes > 50:
+            stop(f"--eval-episodes is {args.eval_episodes}; a task has 50 official initial states, give at most that")
+        if problem := libero_problem():
+            stop(problem)
     if args.device == "cuda" and not torch.cuda.is_available():
         stop("--device is cuda, but torch finds no CUDA device here; use --device cpu or --device auto")
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)  # more for the updates only: waiting threads of torch spin, and would take the workers' cores
 
     try:
-        base = FlowBase.load(ROOT / "weights" / "aloha.safetensors", device=device, task="aloha")
+        base = FlowBase.load(ROOT / "weights" / f"{args.task}.safetensors", device=device, task=args.task)
     except ValueError as error:
         stop(f"--task {args.task}: {error}")
     S, D = base.state_dim, base.latent_dim
@@ -96,23 +109,31 @@ if __name__ == "__main__":
                "losses/cloning latent/norm latent/std").split()  # fmt: skip
     metrics_log = CsvLog(folder / "metrics.csv", METRICS)
     episode_log = CsvLog(folder / "eval.csv", "policy env_steps episode success strict length diverged".split())
-    workers = Workers(args.num_workers)
+    if aloha:
+        from env_aloha import TrainingEnvs, Workers, evaluation_poses, play_episodes
+
+        workers = Workers(args.num_workers)
+    else:
+        from env_libero import TrainingEnvs, Workers, official, play_episodes
+
+        workers = Workers(args.num_workers, "libero_90", [56])
     mininterval = 0.5 if sys.stderr.isatty() else 30.0
     env_steps, recent, start = 0, deque(maxlen=100), time.perf_counter()
 
     @torch.no_grad()
     def evaluate(policy, n):
-        """The same initial states and noise as in train_aloha.py."""
+        """The same initial states and noise as in the train scripts."""
         noise = torch.Generator(device).manual_seed(0)
 
         def act(observations):
             s, context = base.encode(observations)
-            x = actor.sample(s, args.flow_steps, noise) if policy == "tuned" else torch.randn(n, D, generator=noise, device=device) * (policy == "base")
+            x = actor.sample(s, args.flow_steps, noise) if policy == "tuned" else torch.randn(len(s), D, generator=noise, device=device) * (policy == "base")
             return base.decode(context, x).cpu().numpy()
 
-        result = play_episodes(workers, evaluation_poses(n), act)
+        starts = [evaluation_poses(n)] if aloha else [[56] * n, [official(i) for i in range(n)]]
+        result = play_episodes(workers, *starts, act)
         for i in range(n):
-            row = {key: int(result[key][i]) for key in ("success", "strict", "length", "diverged")}
+            row = {key: int(result[key][i]) for key in ("success", "length", "diverged") + ("strict",) * aloha}
             episode_log.write(dict(row, policy=policy, env_steps=env_steps * (policy == "tuned"), episode=i))
         return result
 
@@ -120,7 +141,7 @@ if __name__ == "__main__":
         before = evaluate("base", args.eval_episodes)
         print(f"base         {rate(before['success'].sum(), args.eval_episodes)}", flush=True)
         print(f"zero latents {rate(evaluate('zero latents', args.eval_episodes)['success'].sum(), args.eval_episodes)}", flush=True)
-        envs = TrainingEnvs(workers, args.num_envs, args.seed)
+        envs = TrainingEnvs(workers, *([] if aloha else [[56]]), args.num_envs, args.seed)
         pending = [[] for _ in range(args.num_envs)]  # (s, x) of the episodes under way
         good = deque(maxlen=args.window)  # (s, x) of those that succeeded
         bar = tqdm(total=args.total_env_steps, unit="step", unit_scale=True, mininterval=mininterval, smoothing=0.1)
@@ -170,7 +191,7 @@ if __name__ == "__main__":
                 row.update(evaluation_columns(after))
                 minutes = (time.perf_counter() - start) / 60
                 bar.write(f"{env_steps:9,d} steps  {minutes:5.1f} min  tuned {rate(after['success'].sum(), len(after['success']))}")
-                save_checkpoint(folder / "last.pt", dict(task="cloning_aloha", actor=actor.state_dict(), env_steps=env_steps))
+                save_checkpoint(folder / "last.pt", dict(task=f"cloning_{args.task}", actor=actor.state_dict(), env_steps=env_steps))
             metrics_log.write(row)
         print(f"\ncloning on {args.task}, seed {args.seed}, {env_steps:,} environment steps, {(time.perf_counter() - start) / 60:.1f} minutes, files in {folder}")
         compare(before, after)
