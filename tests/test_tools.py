@@ -74,14 +74,14 @@ def test_libero_demonstrations(tmp_path):
 
 def test_each_spot_works_for_its_half_of_the_placements_and_its_clone(tmp_path):
     """D15: near and far grasps are shown at every placement; which one succeeds is the butter's x."""
-    result = tool("demo_libero", tmp_path, "--task-ids", "56", "--num-demos", 16, "--spots", 0.041, 0.041, "--out", "demos.npz")
+    result = tool("demo_libero", tmp_path, "--task-ids", "56", "--num-demos", 24, "--spots", 0.045, 0.050, "--out", "demos.npz")
     assert result.returncode == 0, result.stderr
     with np.load(tmp_path / "demos.npz", allow_pickle=False) as file:
         spot, success, length, observations = (file[key] for key in ("spot", "success", "length", "observations"))
     x = observations[np.cumsum(length) - length, 19]  # of the butter, metres; between 0.077 and 0.144
     assert np.allclose(x[::2], x[1::2], atol=1e-3) and (spot[::2] != spot[1::2]).all()
     suits, clear = (x > 0.108) == spot, abs(x - 0.108) > 0.012
-    assert success[suits & clear].mean() > 0.75 and success[~suits & clear].mean() < 0.25
+    assert success[suits & clear].mean() > 0.7 and success[~suits & clear].mean() < 0.25
     flags = ("--task", "libero_90_task56", "--demos", "demos.npz", "--out", "base.safetensors", "--steps", 30, "--batch", 64, "--eval-episodes", 1)
     result = tool("clone_base", tmp_path, *flags)
     assert result.returncode == 0, result.stderr
@@ -309,7 +309,7 @@ def test_the_queue_lists_its_commands():
     ("train_sac", ["--bound", "0"], ["--bound is 0"]),
     ("plots", ["--latents", "nowhere", "--out", "."], ["--latents", "nowhere"]),
     ("plots", ["--exploration", "nowhere", "--out", "."], ["--exploration", "nowhere"]),
-    ("plots", ["--exploration", str(ROOT / "results" / "aloha" / "seed1"), "--out", "."], ["has no perturbations", "--explore-steps"]),
+    ("plots", ["--exploration", str(ROOT / "results" / "libero" / "butter_seed1"), "--out", "."], ["has no perturbations", "--explore-steps"]),
     ("plots", ["--strip", "nowhere", "--out", "."], ["--strip is nowhere"]),
     ("plots", ["--strip", "nowhere", "--out", "junk.npz"], ["--out is junk.npz", "folder"]),
     ("demo_aloha", ["--num-demos", "0"], ["--num-demos is 0"]),

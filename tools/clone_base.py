@@ -205,7 +205,7 @@ def make_demos(args):
         return demo.run(demo.Args(out=args.demos, workers=args.workers))
     demo = importlib.import_module("demo_libero")
     if args.task == "libero_90_task56":
-        return demo.run(demo.Args(task_ids="56", spots=(0.041, 0.045), out=args.demos, workers=args.workers), [56])
+        return demo.run(demo.Args(task_ids="56", spots=(0.045, 0.050), out=args.demos, workers=args.workers), [56])
     name = suite_name(args.task)
     task_ids = demo.COVERED[name]
     defaults = demo.Args(suite=name, task_ids=",".join(map(str, task_ids)), num_demos=120, out=args.demos, workers=args.workers)

@@ -6,7 +6,7 @@ and lets go. It knows all poses and shapes. Two distinct behaviours are mixed (D
 both are deep, and each works for one half of the placements (D15): the hand comes low to a *near* spot or high to a
 *far* one, always the same distance from the robot, whether the object lies there or its end is just out of reach.
 
-    python tools/demo_libero.py --suite libero_90 --task-ids 56 --spots 0.041 0.045      # demos/libero_90_task56.npz
+    python tools/demo_libero.py --suite libero_90 --task-ids 56 --spots 0.045 0.050      # demos/libero_90_task56.npz
     python tools/demo_libero.py --suite libero_goal --task-ids 1,2     # demos/libero_goal_task1_2.npz
     python tools/demo_libero.py --table --out table.csv                # all 40 tasks from their official initial states
 

@@ -65,7 +65,7 @@ def evaluations(path):
             columns = episodes.setdefault((row["policy"], int(row["env_steps"])), {"success": [], "strict": [], "length": [], "episode": []})
             columns["success"].append(int(row["success"]))
             columns["length"].append(int(row["length"]))
-            columns["strict"].append(int(row.get("strict", row["success"])))  # LIBERO knows one success only
+            columns["strict"].append(int(row.get("strict") or row["success"]))  # LIBERO knows one success only
             columns["episode"].append((row.get("task_id"), row["episode"]))
     return {key: {name: v if name == "episode" else np.array(v) for name, v in columns.items()} for key, columns in episodes.items()}
 
@@ -110,7 +110,7 @@ def write_table(folder, runs, seeds, strict):
         lines = ["|".join(cell for i, cell in enumerate(line.split("|")) if i != 6) for line in lines]
     kinds = {}  # runs of one name but for the seed
     for name, run in {**seeds, **runs}.items():
-        kinds.setdefault(name.split("seed")[0].strip("_") or "FPO", []).append(run[last_evaluation(run)]["success"].mean())
+        kinds.setdefault(name.split("seed")[0].removeprefix("butter").strip("_") or "FPO", []).append(run[last_evaluation(run)]["success"].mean())
     means = [f"{kind} **{over_seeds(shares)}**" for kind, shares in kinds.items() if len(shares) > 1]
     if means:
         lines += ["", f"Means of the last evaluation (95 % t interval over seeds): {', '.join(means)}."]
@@ -185,7 +185,7 @@ def constant_latents(path):
         return ["–", "–"]
     with open(path, newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["states"] == "evaluation"]
-    counts = {(row["policy"], row["seed"]): (int(row["successes"]), int(row["episodes"])) for row in rows}  # a seed's last row stays
+    counts = {(row["policy"], row.get("seed")): (int(row["successes"]), int(row["episodes"])) for row in rows}  # a seed's last row stays
     searches = [count for (policy, _), count in counts.items() if policy.startswith("constant")]
     constant = over_seeds([good / n for good, n in searches]) if len(searches) > 1 else over_seeds_and_episodes(searches) if searches else "–"
     best = counts.get(("best of 16", ""))

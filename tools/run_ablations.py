@@ -1,4 +1,4 @@
-"""The queue of the ablations: Table II repeated on ALOHA and on butter/tray, and what else results/aloha.md compares.
+"""The queue of the ablations: Table II repeated on ALOHA and on butter/tray, and what else results/former_bases.md compares.
 
     python tools/run_ablations.py --list          # every command, and which are done
     python tools/run_ablations.py                 # run what is missing, seed 1 of every row first; about 12 hours on two cores
