@@ -8,10 +8,10 @@ and the per-sample conditional flow-matching (CFM) loss ℓ_cfm(x | s; θ) behin
     s = torch.randn(8, 21)
     x = actor.sample(s, flow_steps=8)                          # (8, 24), N(0, I) before any training
     u, eps = draw_flow_noise(8, 16, 24)                        # draw once, keep with the sample
-    print(actor.cfm_loss(x, s, u, eps).shape)                  # (8,)
+    cfm, v = actor.cfm_loss(x, s, u, eps)                      # (8,), and the velocities behind it (8, 16, 24)
 
 Flow time u runs from noise (0) to data (1): x_u = (1 - u) ε + u x, with target velocity x - ε.
-D1 … D14: README, "What the paper leaves open".
+D1 … D16: README, "What the paper leaves open".
 """
 
 import math
@@ -91,31 +91,25 @@ class FlowActor(nn.Module):
         return x
 
     @torch.no_grad()
-    def explore(self, x, s, explore_steps, explore_eta, grid="midpoint"):
-        """Eq. 7: x^(k+1) = x^(k) + η v_θ(x^(k), τ^(k) | s) for k < K. x: (B, D), s: (B, S) -> x^(K): (B, D).
+    def explore(self, x, s, explore_steps, explore_eta):
+        """Eq. 7: x^(k+1) = x^(k) + η v_θ(x^(k), τ^(k) | s) for k < K, on τ^(k) = (k + 1)/K. x: (B, D), s: (B, S) -> x^(K): (B, D).
 
         D6: x^(0) is a finished sample, so this transports it along the actor's own field; nothing random is added.
-        The paper leaves the grid open. "midpoint", τ = (k + ½)/K, keeps the norm of N(0, I); "end", τ = (k + 1)/K,
-        inflates it, by (1 + η) for the step at τ = 1. Raises ValueError for another grid.
+        The paper leaves the grid open.
         """
-        if grid not in ("midpoint", "end"):
-            raise ValueError(f"grid is {grid!r}; it must be 'midpoint' or 'end'")
         for k in range(explore_steps):
-            tau = (k + (0.5 if grid == "midpoint" else 1.0)) / explore_steps
-            x = x + explore_eta * self.velocity(x, torch.full((len(x),), tau, device=x.device), s)
+            x = x + explore_eta * self.velocity(x, torch.full((len(x),), (k + 1) / explore_steps, device=x.device), s)
         return x
 
-    def cfm_loss(self, x, s, u, eps, with_departure=False):
+    def cfm_loss(self, x, s, u, eps):
         """ℓ_cfm(x | s; θ) of Eq. 2 from given draws: mean over N draws and D dimensions of |v_θ(x_u, u | s) - (x - ε)|².
 
-        x: (B, D), s: (B, S), u: (B, N), eps: (B, N, D) -> (B,), differentiable in θ. with_departure=True returns also the
-        mean of |v_θ - v*|² at the same points, (B,): how far the actor's field has left that of N(0, I) (D4, D7).
+        x: (B, D), s: (B, S), u: (B, N), eps: (B, N, D) -> ℓ (B,) and the velocities v_θ (B, N, D) behind it, both
+        differentiable in θ.
         """
         B, N, D = eps.shape
         x = x[:, None].expand(B, N, D)
         x_u = (1 - u[..., None]) * eps + u[..., None] * x  # (B, N, D)
         s = s[:, None].expand(B, N, -1)
-        net = self.net(x_u.flatten(0, 1), u.flatten(), s.flatten(0, 1)).view(B, N, D)
-        v = gaussian_velocity(u)[..., None] * x_u + net
-        loss = (v - (x - eps)).square().mean((1, 2))
-        return (loss, net.square().mean((1, 2))) if with_departure else loss
+        v = self.velocity(x_u.flatten(0, 1), u.flatten(), s.flatten(0, 1)).view(B, N, D)
+        return (v - (x - eps)).square().mean((1, 2)), v

@@ -8,7 +8,7 @@ Needs torch only.
     buffer = TrajectoryBuffer(window=2)
     for iteration in range(3):
         buffer.push(dict(s=torch.randn(10, 4, 21), x=torch.randn(10, 4, 24), r=torch.zeros(10, 4)))  # (T, E, …)
-    print(len(buffer), buffer.flat("s").shape, buffer.age().unique())       # 2, (80, 21), ages 0 and 1
+    print(len(buffer), buffer.flat("s").shape)       # 2, (80, 21)
 """
 
 import torch
@@ -38,12 +38,6 @@ class TrajectoryBuffer:
     def flat(self, name):
         """All samples of one field, oldest iteration first. -> (n, …)."""
         return torch.cat([iteration[name].flatten(0, 1) for iteration in self.iterations])
-
-    def age(self):
-        """How many iterations ago each sample was collected, 0 for the newest. -> (n,), in the order of `flat`."""
-        sizes = [next(iter(iteration.values())).shape[:2].numel() for iteration in self.iterations]  # T E
-        ages = torch.arange(len(sizes) - 1, -1, -1)
-        return ages.repeat_interleave(torch.tensor(sizes))
 
     def __len__(self):
         return len(self.iterations)

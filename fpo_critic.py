@@ -14,7 +14,7 @@ the conservative value baseline V(s) and generalized advantage estimation (GAE).
 One transition is one decision: a latent chunk that ran h' environment steps. Its reward is Σ_{j<h'} γ^j r_{t+j}, its
 bootstrap factor `discount` = γ^h' (D8). A success terminates, and so do physics that
 diverged, with reward 0; a time limit only truncates (D9). `terminated` and `ended` are floats, 1 or 0.
-D1 … D14: README, "What the paper leaves open".
+D1 … D16: README, "What the paper leaves open".
 """
 
 import torch
@@ -80,12 +80,10 @@ def td_target(target, r, discount, terminated, s_next, x_next):
     return r + discount * (1 - terminated) * target(s_next, x_next).min(0).values
 
 
-def critic_loss(critic, s, x, y, n=None):
+def critic_loss(critic, s, x, y):
     """Eq. 6: (Q_φi(s, x) - y)², averaged over the batch and summed over the M members. s: (B, S), x: (B, D), y: (B,)
-    -> a scalar.
-
-    n: samples of the whole minibatch, where these are only a part of it (another process has the rest)."""
-    return ((critic(s, x) - y).square().sum(1) / (n or len(y))).sum()
+    -> a scalar."""
+    return (critic(s, x) - y).square().mean(1).sum()
 
 
 @torch.no_grad()
@@ -104,6 +102,18 @@ def fresh_value(critic, s, x_fresh):
     B, J, _ = x_fresh.shape
     s = s[:, None].expand(B, J, -1)
     return critic(s.flatten(0, 1), x_fresh.flatten(0, 1)).min(0).values.view(B, J).mean(1)
+
+
+@torch.no_grad()
+def latent_advantage(critic, s, x_fresh, floor=0.02):
+    """Advantages of J latents of one state among themselves: Q(s, x̃_j) - mean_j Q(s, x̃_j) over their standard deviation,
+    with Q the mean of the ensemble. s: (B, S), x_fresh: (B, J, D) -> (B, J).
+
+    floor is added to the standard deviation, in units of the return: where the critics see no difference there is none.
+    """
+    B, J, _ = x_fresh.shape
+    q = critic(s[:, None].expand(B, J, -1).flatten(0, 1), x_fresh.flatten(0, 1)).mean(0).view(B, J)
+    return (q - q.mean(1, keepdim=True)) / (q.std(1, correction=0, keepdim=True) + floor)
 
 
 @torch.no_grad()

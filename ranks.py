@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 train_aloha.py --seed 1
 
-Every rank has its own environments, base and buffer, and a copy of actor and critics. All ranks draw the same random numbers, for all environments,
-and use their own part of them; so n ranks of m environments are the same algorithm, on the same draws, as one rank of n·m.
+Every rank plays its own environments with its own base. What they have seen is gathered once an iteration, and then every rank does the
+same update on all of it with the same draws; so n ranks of m environments are the same algorithm, on the same draws, as one rank of n·m.
 """
 
 import contextlib
@@ -70,32 +70,22 @@ def spread(values, own, size):
     return full
 
 
-def whole(values, own, size):
-    """Values of all ranks: numbers of the others, and our own with their gradient. values: (…, n), own: their places -> (…, size)."""
+def of_all(own, size, columns):
+    """Columns of all environments from those of the ranks: {name: (T, m, …)} -> {name: (T, size, …)}, the same on every rank."""
     if WORLD == 1:
-        return values
-    full = values.new_zeros(*values.shape[:-1], size)
-    full[..., own] = values.detach()
-    dist.all_reduce(full)
-    full[..., own] = values
-    return full
+        return columns
+    for name, values in columns.items():
+        columns[name] = values.new_zeros(len(values), size, *values.shape[2:])
+        columns[name][:, own] = values
+        dist.all_reduce(columns[name])
+    return columns
 
 
-def share(i, num_envs):
-    """Which samples of a minibatch are ours. i: (B,) sample numbers, t · num_envs + environment -> (B,) mask, (b,) their places in our own buffer."""
-    m = num_envs // WORLD
-    ours = i % num_envs // m == RANK
-    return ours, i[ours] // num_envs * m + i[ours] % m
-
-
-def sum_gradients(module):
-    """Add up the gradients of all ranks, whose losses are parts of one mean: one flattened all-reduce."""
+def broadcast(*modules):
+    """Give every rank the parameters of rank 0."""
     if WORLD > 1:
-        gradients = [p.grad for p in module.parameters()]
-        flat = torch.cat([g.flatten() for g in gradients])
-        dist.all_reduce(flat)
-        for g, total in zip(gradients, flat.split([g.numel() for g in gradients])):
-            g.copy_(total.view_as(g))
+        for parameter in (p for module in modules for p in module.parameters()):
+            dist.broadcast(parameter.data, 0)
 
 
 def merged(result, episodes):

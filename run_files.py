@@ -80,9 +80,8 @@ def stop(message, code=2):
 
 
 def set_literal(args):
-    """Set the flags of --literal: D2, D4 and D5 as the paper's words have them. Stop at one that was given another value, the default too."""
-    literal = dict(sigma_floor=1e-8, value_latents="stored", self_anchor=0.0, prior_anchor=0.0, velocity_anchor=0.0, drift_limit=0.0,
-                   loss_cap=0.0, advantage_limit=0.0, advantage_floor=0.0)  # fmt: skip
+    """Set the flags of --literal: D2, D4, D5 and D16 as the paper's words have them. Stop at one that was given another value, the default too."""
+    literal = dict(sigma_floor=1e-8, value_latents="stored", proximal=0.0, fresh_latents=0)
     for name, value in literal.items():
         flag = f"--{name.replace('_', '-')}"
         given = any(word.split("=")[0].replace("_", "-") == flag for word in sys.argv[1:])
@@ -100,9 +99,9 @@ def check_args(args):
 
     for field in fields(args):
         value = getattr(args, field.name)
-        if isinstance(value, float) and not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value) and field.name != "clip_eps":
             stop(f"--{field.name.replace('_', '-')} is {value}; give a finite number")
-    for name in ("total_env_steps", "rollout_decisions", "window", "critic_epochs", "actor_epochs",
+    for name in ("total_env_steps", "rollout_decisions", "window", "critic_steps", "critic_batch", "actor_states", "actor_epochs",
                  "flow_steps", "num_draws", "num_critics", "latent_modes", "eval_every", "eval_episodes"):  # fmt: skip
         require(getattr(args, name) > 0, name, "it must be at least 1")
     require(args.seed < 2**63, "seed", "it must be below 2**63")
@@ -110,14 +109,14 @@ def check_args(args):
         for name in ("latent", "latent_modes", "chunk_steps", "compile", "openpi_aloha"):
             require(getattr(args, name, None) == getattr(type(args), name, None), name, "that is for --base pi0; leave it out, or give that base")
     require(args.minibatch_size >= 2, "minibatch_size", "Eq. 3 needs at least 2 samples")
-    for name in ("num_envs", "num_workers", "latent_dim", "chunk_steps"):
+    for name in ("num_envs", "num_workers", "chunk_steps"):
         require(getattr(args, name) is None or getattr(args, name) > 0, name, "it must be at least 1, or be left out")
-    for name in ("seed", "critic_warmup", "explore_steps", "explore_eta", "self_anchor", "prior_anchor", "velocity_anchor", "drift_limit",
-                 "loss_cap", "advantage_limit", "advantage_floor"):  # fmt: skip
+    for name in ("seed", "critic_warmup", "explore_steps", "explore_eta", "proximal", "fresh_latents"):
         require(getattr(args, name) >= 0, name, "it must not be negative")
     for name in ("actor_lr", "critic_lr", "beta", "worker_timeout"):
         require(getattr(args, name) > 0, name, "it must be positive")
-    require(0 < args.clip_eps < 1, "clip_eps", "ε must lie strictly between 0 and 1; to train without the clip use --no-clip")
+    require(0 < args.clip_eps < 1 or args.clip_eps == math.inf, "clip_eps", "ε must lie strictly between 0 and 1; inf trains without the clip")
+    require(args.fresh_latents != 1, "fresh_latents", "latents are compared with others at the same state; give 2 or more, or 0 for the executed ones")
     require(0 < args.gamma <= 1, "gamma", "it must lie in (0, 1]")
     require(0 <= args.gae_lambda <= 1, "gae_lambda", "it must lie in [0, 1]")
     require(0 < args.tau <= 1, "tau", "the Polyak step must lie in (0, 1]")
@@ -130,9 +129,6 @@ def check_args(args):
         check_tracking()
     if args.num_envs and args.num_envs * args.rollout_decisions < 2:
         stop(f"--num-envs {args.num_envs} with --rollout-decisions {args.rollout_decisions} makes one sample an iteration; Eq. 3 needs at least 2")
-    if args.explore_steps == 1 and args.explore_grid == "midpoint":
-        stop("--explore-steps is 1, and --explore-grid midpoint puts that step at τ = 1/2, where the untrained actor's field is zero (D6); "
-             "give --explore-grid end")  # fmt: skip
     if args.video and args.eval_only and not args.checkpoint:
         stop("--video shows the base and the tuned actor side by side; with --eval-only give --checkpoint runs/<name>/last.pt too")
     if args.video:

@@ -1,7 +1,7 @@
 """Flow Policy Optimization (FPO) on ALOHA Transfer Cube: Algorithm 1 of arXiv 2510.09976, top to bottom.
-D1 … D14: README, "What the paper leaves open".
+D1 … D16: README, "What the paper leaves open".
 
-    python train_aloha.py --seed 1                                         # train; a quarter of an hour or more on two cores
+    python train_aloha.py --seed 1                                         # train; 5 to 6 minutes on two cores
     python train_aloha.py --resume runs/<name>                             # go on after an interruption, bit for bit
     python train_aloha.py --eval-only --checkpoint runs/<name>/last.pt     # evaluate, with --video to look at it
     torchrun --nproc-per-node 8 train_aloha.py --num-envs 256              # several processes or GPUs, one run
@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import tyro
 from tqdm import tqdm
 
 from run_files import (
@@ -31,7 +30,7 @@ from run_files import (
 )  # fmt: skip
 
 TASK = "aloha"
-FRESH_LATENTS = 4  # J of D5
+VALUE_LATENTS = 4  # J of D5
 LATENT_EPISODES = 50  # the evaluation episodes whose latents go into latents.npz
 
 
@@ -41,7 +40,7 @@ class Args:
     """seed of the actor, the critics, every draw and the training episodes"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where the networks run; auto takes CUDA where there is one"""
-    total_env_steps: int = 1_600_000
+    total_env_steps: int = 400_000
     """control steps of training, evaluation not counted"""
     num_envs: int | None = None
     """parallel environments, over all ranks; 32 a rank if left out, 8 with π_0 on a CPU or on a GPU of less than 20 GB"""
@@ -51,37 +50,41 @@ class Args:
     """seconds for one piece of simulation, after which its process is replaced and the work done again"""
     rollout_decisions: int = 10
     """T_rollout of Algorithm 1: latent chunks an environment and iteration"""
-    window: int = 1
+    window: int = 20
     """iterations that the trajectory buffer keeps (D10)"""
-    critic_warmup: int = 3
+    critic_warmup: int = 1
     """first iterations that train the critics only (D11)"""
-    critic_epochs: int = 12
-    """passes of the critics over the buffer an iteration (D11)"""
+    critic_steps: int = 240
+    """gradient steps of the critics an iteration (D11)"""
+    critic_batch: int = 256
+    """transitions of one gradient step of the critics"""
+    fresh_latents: int = 8
+    """latents a state that the actor learns from, valued by the critics; 0: the executed ones, valued by GAE, as in the paper (D16)"""
+    actor_states: int = 1600
+    """states of the window whose fresh latents the actor learns from, an iteration"""
     actor_epochs: int = 4
-    """passes of the actor over the buffer an iteration; K_update of Algorithm 1 is this many passes times the minibatches in one"""
-    minibatch_size: int = 160
-    """samples of one gradient step"""
+    """passes of the actor over these samples; K_update of Algorithm 1 is this many passes times the minibatches in one"""
+    minibatch_size: int = 512
+    """samples of one gradient step of the actor"""
     actor_lr: float = 3e-4
     """learning rate of θ (Adam)"""
     anneal_lr: bool = True
     """let the actor's learning rate fall linearly to 0 over the run"""
-    critic_lr: float = 1e-3
+    critic_lr: float = 3e-3
     """learning rate of φ (Adam)"""
     beta: float = 0.2
     """β of Eq. 3, sharpness of the ratio"""
     clip_eps: float = 0.2
-    """ε of Eq. 4"""
-    no_clip: tyro.conf.FlagCreatePairsOff[bool] = False
-    """leave the clip of Eq. 4 out (Table II)"""
+    """ε of Eq. 4; inf leaves the clip out (Table II)"""
+    proximal: float = 0.3
+    """κ, weight of |v_θ - v_θ_old|², which holds the actor near the one that made the samples; 0 is off, as in the paper (D4)"""
     explore_steps: int = 0
-    """K of Eq. 7, latent exploration steps in training; 1 needs --explore-grid end (D6)"""
+    """K of Eq. 7, latent exploration steps in training (D6)"""
     explore_eta: float = 0.05
     """η of Eq. 7, their size"""
-    explore_grid: Literal["midpoint", "end"] = "midpoint"
-    """τ^(k) of Eq. 7: (k + 1/2)/K or (k + 1)/K (D6)"""
-    flow_steps: int = 8
+    flow_steps: int = 4
     """steps in which the actor's flow is integrated"""
-    num_draws: int = 16
+    num_draws: int = 4
     """N, draws of (u, ε) behind every CFM loss (D3)"""
     num_critics: int = 5
     """M, members of the ensemble"""
@@ -93,30 +96,12 @@ class Args:
     """λ of GAE, a decision"""
     value_latents: Literal["fresh", "stored"] = "fresh"
     """latents behind V(s): fresh samples, or the executed one as the paper says (D5)"""
-    ratio: Literal["standardized", "raw"] = "standardized"
-    """ρ of Eq. 3, or exp(Δℓ) as in McAllister et al."""
     sigma_floor: float | None = None
     """least σ_Δ in Eq. 3; 2β/D if left out (D2)"""
-    self_anchor: float = 1.0
-    """κ, weight of the self-anchor; 0 is off (D4)"""
-    prior_anchor: float = 0.0
-    """κ_0, weight of the prior anchor on x ~ N(0, I); 0 is off (D4)"""
-    velocity_anchor: float = 0.1
-    """κ_v, weight of |v_θ - v*|², which keeps the actor's field near that of N(0, I); 0 is off (D4)"""
-    drift_limit: float = 0.0
-    """end the actor's epochs when |μ_Δ| or σ_Δ of the newest samples passes this; 0 is off (D4)"""
-    loss_cap: float = 0.0
-    """no push on A < 0 where ℓ exceeds the cached one by this; 0 is off (D4)"""
-    advantage_limit: float = 0.0
-    """standardised advantages below minus this count as minus this; 0 is off (D4)"""
-    advantage_floor: float = 0.0
-    """least standard deviation by which Â is divided, in units of the return; 0 is off, 0.3 is for runs of several million steps (D4)"""
-    latent_dim: int | None = None
-    """D, components of the base's noise that the actor steers, the first ones; all if left out (D12)"""
     shuffle_advantages: bool = False
     """permute the advantages: a control that must not learn (D14)"""
     literal: bool = False
-    """D2, D4 and D5 to the letter: σ floor 1e-8, stored value latents, no stabiliser but the falling learning rate and gradient clipping"""
+    """D2, D4, D5 and D16 to the letter: σ floor 1e-8, no proximal term, stored value latents, executed latents valued by GAE"""
     base: Literal["embedded", "pi0"] = "embedded"
     """the frozen base policy π_0: the small flow policy that ships in weights/, or π_0 itself through lerobot"""
     weights: str | None = None
@@ -172,7 +157,7 @@ if __name__ == "__main__":
     from env_aloha import FPS, HORIZON, TrainingEnvs, Workers, evaluation_poses, play_episodes
     from fpo_actor import FlowActor, draw_flow_noise
     from fpo_buffer import TrajectoryBuffer
-    from fpo_critic import QEnsemble, critic_loss, fresh_value, gae, polyak_update, stored_value, td_target
+    from fpo_critic import QEnsemble, critic_loss, fresh_value, gae, latent_advantage, polyak_update, stored_value, td_target
     from fpo_loss import fpo_loss
     from mujoco_state import opengl_problem
     from ranks import RANK, WORLD
@@ -202,11 +187,9 @@ if __name__ == "__main__":
     args.num_envs = E = args.num_envs or base.num_envs * WORLD
     if E % WORLD:
         stop(f"--num-envs is {E}, which {WORLD} ranks cannot share evenly; give a multiple of {WORLD}")
-    # this rank's m of the E environments. In one process [own] takes them all, and ranks.spread, .whole and .gathered change nothing
+    # this rank plays m of the E environments and then learns from all: in one process [own] takes them all, and nothing is sent
     own = slice(RANK * E // WORLD, (RANK + 1) * E // WORLD)
-    D = args.latent_dim or base.latent_dim
-    if D > base.latent_dim:
-        stop(f"--latent-dim is {D}, but the base in {weights} has {base.latent_dim} latent dimensions; give at most that")
+    D = base.latent_dim
     sigma_floor = 2 * args.beta / max(D, 1) if args.sigma_floor is None else args.sigma_floor  # D2
     torch.manual_seed(args.seed)
     actor = FlowActor(base.state_dim, D).to(device)
@@ -228,7 +211,7 @@ if __name__ == "__main__":
         saved = load_checkpoint(path, flag, TASK)
         if saved["latent_dim"] != D or saved["weights_sha256"] != base.sha256:
             stop(f"{flag}: {path} was trained on another base than {weights}, or steers {saved['latent_dim']} latent dimensions and not {D}; "
-                 + ("put that base back" if args.resume else "name that base with --weights, that number with --latent-dim"))  # fmt: skip
+                 + ("put that base back" if args.resume else "name that base with --weights"))  # fmt: skip
         for name, value in played.items():  # older checkpoints lack some of them
             if saved.get(name, value) != value:
                 stop(f"{flag}: {path} was trained with --{name.replace('_', '-')} {saved[name]}, here it is {value}; give that flag here too")
@@ -242,15 +225,21 @@ if __name__ == "__main__":
     METRICS = (
         "iteration charts/env_steps charts/success charts/return charts/episode_length charts/success_length charts/SPS "
         "charts/rollout_seconds charts/update_seconds eval/success eval/success_low eval/success_high eval/strict eval/length "
-        "eval/success_length eval/episodes losses/actor losses/surrogate losses/critic losses/ratio_mean losses/ratio_std "
-        "losses/clip_fraction losses/floor_share losses/delta_mean losses/delta_std losses/cfm_loss losses/actor_steps "
-        "critic/q_mean critic/q_spread critic/explained_variance critic/advantage_std latent/norm latent/std latent/mean_abs "
+        "eval/success_length eval/episodes losses/actor losses/surrogate losses/critic losses/ratio_std losses/clip_fraction "
+        "losses/floor_share losses/delta_mean losses/cfm_loss losses/move critic/q_mean critic/q_spread latent/norm latent/std "
         "latent/explore_shift"
     ).split()
     EPISODES = "policy env_steps episode success strict length diverged cube_x cube_y".split()
+
+    @torch.no_grad()
+    def cached_loss(x, s, u, eps):
+        """ℓ_cfm(x | s; θ_old) and the velocities behind it, in pieces that a cache holds."""
+        parts = [actor.cfm_loss(*part) for part in zip(*(columns.split(1024) for columns in (x, s, u, eps)))]
+        return [torch.cat(column) for column in zip(*parts)]
+
     @torch.no_grad()
     def evaluate(policy, num_episodes, record=False, log=True):
-        """Play whole episodes of `policy` ("base", "zero latents" or "tuned") on the evaluation states. No exploration."""
+        """Play whole episodes of `policy` ("base", "zero latents", "tuned" or "zero noise") on the evaluation states. No exploration."""
         poses = evaluation_poses(num_episodes)
         mine = np.arange(RANK, num_episodes, WORLD)  # the episodes of this rank
         noise = torch.Generator(device).manual_seed(0)  # the same at every evaluation
@@ -262,18 +251,18 @@ if __name__ == "__main__":
             progress.update()
             s, context = base.encode(observations)
             x = torch.randn(num_episodes, D, generator=noise, device=device)[mine]  # the base itself takes N(0, I)
-            if policy == "tuned":  # untrained, the actor would give exactly that (D7)
-                x = actor.sample(s, args.flow_steps, noise=x)
+            if policy in ("tuned", "zero noise"):  # untrained, the actor would give exactly its noise (D7)
+                x = actor.sample(s, args.flow_steps, noise=x * (policy == "tuned"))
             elif policy == "zero latents":
                 x = torch.zeros_like(x)
-            explored = actor.explore(x, s, args.explore_steps, args.explore_eta, args.explore_grid)  # to be recorded: x itself is executed
+            explored = actor.explore(x, s, args.explore_steps, args.explore_eta)  # to be recorded: x itself is executed
             drawn.append(torch.stack([x, explored], 1).cpu().numpy())
             return base.decode(context, base.to_noise(ranks.spread(x, mine, num_episodes), noise)[mine]).cpu().numpy()
 
         result = play_episodes(workers, poses[mine], act, record) if len(mine) else None
         if result:
             result["drawn"] = list(np.stack(drawn, 1))  # an episode: (decisions, 2, D), x^(0) and x^(K)
-        result = dict(ranks.merged(result, mine), policy=policy, env_steps=env_steps * (policy == "tuned"), episode=np.arange(num_episodes))
+        result = dict(ranks.merged(result, mine), policy=policy, env_steps=env_steps * (policy in ("tuned", "zero noise")), episode=np.arange(num_episodes))
         progress.close()
         for i in range(num_episodes if log and RANK == 0 else 0):
             row = {key: int(result[key][i]) for key in ("episode", "success", "strict", "length", "diverged")}
@@ -282,16 +271,14 @@ if __name__ == "__main__":
 
     def save(name):
         """Everything that decides how the run goes on."""
-        parts = ranks.collected((envs.state_dict(), [{k: v.cpu() for k, v in b.items()} for b in buffer.iterations]))
+        states = ranks.collected(envs.state_dict())
         if RANK > 0:
             return
-        states, buffers = zip(*parts)
         save_checkpoint(folder / name, dict(
             task=TASK, latent_dim=D, **played, weights_sha256=base.sha256,
             iteration=iteration, env_steps=env_steps, seconds=elapsed(),
             **{name: part.state_dict() for name, part in learners.items()},
-            buffer=[{k: torch.cat([part[k] for part in b], 1) for k in b[0]} for b in zip(*buffers)],  # (T, E, …)
-            generator=generator.get_state(), envs=ranks.joined(states), recent=list(recent),
+            buffer=buffer.iterations, generator=generator.get_state(), envs=ranks.joined(states), recent=list(recent),
             evaluations=evaluations, metric_rows=logs.metrics.rows, episode_rows=logs.episodes.rows,
         ))  # fmt: skip
 
@@ -314,7 +301,7 @@ if __name__ == "__main__":
         # ---- the untouched base first, before any update ----
         results = {}  # policy: its last evaluation
         if args.eval_only or not args.resume:
-            for policy in ["base"] + ["zero latents"] * (D > 0) + ["tuned"] * bool(args.checkpoint):
+            for policy in ["base"] + ["zero latents"] * (D > 0) + ["tuned", "zero noise"] * bool(args.checkpoint):
                 results[policy] = evaluate(policy, args.eval_episodes, record=args.video)
                 evaluations.append(summary(results[policy]))
                 e = evaluations[-1]
@@ -329,7 +316,7 @@ if __name__ == "__main__":
             if args.resume:
                 for name, part in learners.items():
                     part.load_state_dict(saved[name])
-                buffer.iterations = [{k: v[:, own].to(device) for k, v in b.items()} for b in saved["buffer"]]
+                buffer.iterations = [{k: v.to(device) for k, v in b.items()} for b in saved["buffer"]]
                 generator.set_state(saved["generator"])
                 envs.load_state_dict(saved["envs"])
                 recent.extend(saved["recent"])
@@ -349,9 +336,9 @@ if __name__ == "__main__":
             # ---- rollout phase (lines 3-12); θ_old is θ, for nothing changes it here ----
             rows = []
             for t in range(args.rollout_decisions):
-                noise = torch.randn(E, D, generator=generator, device=device)[own]  # (m, D), as x0 and x
+                noise = torch.randn(E, D, generator=generator, device=device)[own]  # (m, D), as x0 and x; m is E without torchrun
                 x0 = actor.sample(s_t, args.flow_steps, noise=noise)  # line 7: x^(0) ~ π_θ(· | s)
-                x = actor.explore(x0, s_t, args.explore_steps, args.explore_eta, args.explore_grid)  # Eq. 7: x^(K), which is executed
+                x = actor.explore(x0, s_t, args.explore_steps, args.explore_eta)  # Eq. 7: x^(K), which is executed
                 w = base.to_noise(ranks.spread(x, own, E), generator)[own]  # the base's noise, (m, …)
                 a = base.decode(context, w)  # line 8, (m, chunk steps, A)
                 step = envs.step(a.cpu().numpy())  # line 9
@@ -378,120 +365,95 @@ if __name__ == "__main__":
             recent.extend(map(float, successes))
             bar.n = env_steps
             bar.set_postfix(success=f"{np.mean(recent):.2f}" if recent else "-", refresh=False)
-            batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}  # (T, m, …)
-            T, m = batch["r"].shape
+            batch = ranks.of_all(own, E, {key: torch.stack([row[key] for row in rows]) for key in rows[0]})  # (T, E, …)
+            T = args.rollout_decisions
             u, eps = draw_flow_noise(T * E, args.num_draws, D, generator, device)
-            batch.update(u=u.view(T, E, -1)[:, own], eps=eps.view(T, E, args.num_draws, D)[:, own])
-            with torch.no_grad():  # line 10: ℓ_init = ℓ_cfm(x | s; θ_old), with the draws that Eq. 2 will use again (D3)
-                cfm_init = actor.cfm_loss(*(batch[key].flatten(0, 1) for key in ("x", "s", "u", "eps")))
-            batch.update(cfm_init=cfm_init.view(T, m))
+            cfm_init, _ = cached_loss(batch["x"].flatten(0, 1), batch["s"].flatten(0, 1), u, eps)  # line 10, with the draws of Eq. 2 (D3)
+            batch.update(u=u.view(T, E, -1), eps=eps.view(T, E, -1, D), cfm_init=cfm_init.view(T, E))
             buffer.push(batch)  # line 11, without a_t, which no equation reads
             rollout_seconds = time.perf_counter() - clock
             clock = time.perf_counter()
             torch.set_num_threads(min(ranks.CPUS, 4))
 
-            # ---- update phase (lines 13-28); D13: first all critic epochs, then the advantages once, then the actor ----
-            # samples of all W iterations one after the other: (W T m, …) here, over all ranks (n,); m environments a rank, E over all
-            s, s_next, x, x0 = (buffer.flat(key) for key in ("s", "s_next", "x", "x0"))  # (W T m, S or D)
-            r, discount, terminated, u, eps = (buffer.flat(key) for key in ("r", "discount", "terminated", "u", "eps"))
-            losses_critic = []
-            n, J = len(r) * WORLD, FRESH_LATENTS
-            # lines 17-18: x' ~ π_θ(· | s'); θ rests during the critic epochs, so J latents a state serve Eq. 5 and V (D5)
-            noise = torch.randn(2 * n * J, D, generator=generator, device=device).view(2, -1, E, J, D)  # for s, and for s'
-            noise = noise[:, :, own].reshape(-1, D)  # (2 W T m J, D)
-            fresh = actor.sample(torch.cat([s, s_next]).repeat_interleave(J, 0), args.flow_steps, noise=noise)
-            x_fresh, x_next_fresh = fresh.view(2, -1, J, D)  # (W T m, J, D) each
-            for epoch in range(args.critic_epochs):
-                for i in torch.randperm(n, generator=generator, device=device).split(args.minibatch_size):
-                    mine, k = ranks.share(i, E)  # which of the minibatch this rank has, and where; without torchrun all, and k is i
-                    j = torch.randint(J, (len(i),), generator=generator, device=device)[mine]
-                    y = td_target(target, r[k], discount[k], terminated[k], s_next[k], x_next_fresh[k, j])  # line 19, Eq. 5, (b,)
-                    loss_critic = critic_loss(critic, s[k], x[k], y, len(i))  # line 20, Eq. 6
-                    critic_optimizer.zero_grad()
-                    loss_critic.backward()
-                    ranks.sum_gradients(critic)
-                    critic_optimizer.step()
-                    polyak_update(target, critic, args.tau)  # line 21
-                    losses_critic.append(loss_critic.detach())
+            # ---- update phase (lines 13-28); D13: first the critics, then the advantages once, then the actor ----
+            # samples of all W iterations one after the other, (n, …)
+            s, s_next, x, r, discount, terminated = (buffer.flat(key) for key in ("s", "s_next", "x", "r", "discount", "terminated"))
+            n, losses_critic = len(r), []
+            for _ in range(args.critic_steps):
+                i = torch.randint(n, (args.critic_batch,), generator=generator, device=device)  # line 15
+                x_next = actor.sample(s_next[i], args.flow_steps, generator)  # lines 17-18: x' ~ π_θ(· | s')
+                y = td_target(target, r[i], discount[i], terminated[i], s_next[i], x_next)  # line 19, Eq. 5
+                loss_critic = critic_loss(critic, s[i], x[i], y)  # line 20, Eq. 6
+                critic_optimizer.zero_grad()
+                loss_critic.backward()
+                critic_optimizer.step()
+                polyak_update(target, critic, args.tau)  # line 21
+                losses_critic.append(loss_critic.detach())
 
-            # line 26: V and GAE on whole trajectories, one iteration of the window after the other
-            v, v_next = fresh_value(critic, s, x_fresh), fresh_value(critic, s_next, x_next_fresh)  # (W T m,) each
-            if args.value_latents == "stored":  # D5: V(s_t) = Q(s_t, x_t), with a fresh latent only where none is stored
-                v = stored_value(critic, s, x)
-            adv = []
-            for b, v_b, v_next_b in zip(buffer.iterations, v.split(T * m), v_next.split(T * m)):
-                v_b, v_next_b = v_b.view(T, m), v_next_b.view(T, m)
-                if args.value_latents == "stored":
+            # line 26: the samples (B, …) that the actor learns from, and their advantages (B,)
+            if args.fresh_latents:  # D16: latents of the actor as it is, at states of the window, valued by the critics
+                i = torch.randint(n, (args.actor_states,), generator=generator, device=device)
+                s_a = s[i].repeat_interleave(args.fresh_latents, 0)
+                x_a = actor.sample(s_a, args.flow_steps, generator)
+                adv = latent_advantage(critic, s[i], x_a.view(len(i), -1, D)).flatten()
+                u, eps = draw_flow_noise(len(x_a), args.num_draws, D, generator, device)
+                cfm_init, v_old = cached_loss(x_a, s_a, u, eps)  # line 10, for these
+            else:  # the paper's: the executed latents, valued by GAE on whole trajectories
+                s_a, x_a, u, eps, cfm_init = s, x, buffer.flat("u"), buffer.flat("eps"), buffer.flat("cfm_init")
+                both = torch.cat([s, s_next]).repeat_interleave(VALUE_LATENTS, 0)
+                x_s, x_s_next = actor.sample(both, args.flow_steps, generator).view(2, n, VALUE_LATENTS, D)
+                v = fresh_value(critic, s, x_s) if args.value_latents == "fresh" else stored_value(critic, s, x)  # D5
+                v_next, adv = fresh_value(critic, s_next, x_s_next), []
+                for b, v_b, v_next_b in zip(buffer.iterations, v.split(T * E), v_next.split(T * E)):
+                    v_b, v_next_b = v_b.view(T, E), v_next_b.view(T, E)
+                    # V(s_{t+1}) is the next row's V(s_t), but where an episode ended and at the iteration's end
                     v_next_b = torch.cat([torch.where(b["ended"][:-1] > 0, v_next_b[:-1], v_b[1:]), v_next_b[-1:]])
-                adv.append(gae(b["r"], v_b, v_next_b, b["discount"], b["terminated"], b["ended"], args.gae_lambda).flatten())
-            # (n,), of all ranks, from here on: Eq. 3 and the advantages are standardised over whole minibatches
-            adv, v, cfm_init, age = (ranks.whole(c.view(-1, m), own, E).flatten()
-                                     for c in (torch.cat(adv), v, buffer.flat("cfm_init"), buffer.age().to(device)))  # fmt: skip
-            return_variance = (adv + v).var()
-            explained_variance = (1 - adv.var() / return_variance).item() if return_variance > 1e-8 else ""  # "": nothing to explain yet
+                    adv.append(gae(b["r"], v_b, v_next_b, b["discount"], b["terminated"], b["ended"], args.gae_lambda).flatten())
+                adv = torch.cat(adv)
+                adv = (adv - adv.mean()) / (adv.std(correction=0) + 1e-4)
+                v_old = cached_loss(x_a, s_a, u, eps)[1]
             if args.shuffle_advantages:
-                adv = adv[torch.randperm(n, generator=generator, device=device)]
+                adv = adv[torch.randperm(len(adv), generator=generator, device=device)]
+            adv = adv.clamp_min(-1)  # D4: nothing is un-fitted harder than
 
             # lines 22-27: the actor
-            if args.anneal_lr:  # late steps would only move the latents about: the drift of D4
+            if args.anneal_lr:
                 actor_optimizer.param_groups[0]["lr"] = args.actor_lr * max(0.0, 1 - steps_before / args.total_env_steps)
-            infos, actor_steps, stopped = [], 0, iteration <= args.critic_warmup  # D11: the critics alone at first
-            for epoch in range(args.actor_epochs):  # this order is drawn in the warm-up too: later draws do not depend on it
-                for i in torch.randperm(n, generator=generator, device=device).split(args.minibatch_size):
-                    if stopped or len(i) < 2:
-                        break
-                    mine, k = ranks.share(i, E)
-                    cfm, departure = actor.cfm_loss(x[k], s[k], u[k], eps[k], with_departure=True)  # line 23, ℓ_cfm(x | s; θ): (b,)
-                    cfm_anchor = cfm_prior = cfm  # where there is no other
-                    if args.self_anchor > 0 and args.explore_steps > 0:  # D6: the self-anchor is on x^(0), not on x^(K)
-                        cfm_anchor = actor.cfm_loss(x0[k], s[k], u[k], eps[k])
-                    if args.prior_anchor > 0:
-                        x_prior = torch.randn(len(i), D, generator=generator, device=device)[mine]
-                        cfm_prior = actor.cfm_loss(x_prior, s[k], u[k], eps[k])
-                    # (B,) from here on: the minibatch of all ranks, of which b samples are ours
-                    cfm, departure, cfm_anchor, cfm_prior = ranks.whole(torch.stack([cfm, departure, cfm_anchor, cfm_prior]), mine, len(i))
-                    loss_actor, info = fpo_loss(  # lines 23-25 and 27: Eq. 2, 3, 4
-                        cfm, cfm_init[i], adv[i], args.beta, args.clip_eps, sigma_floor, args.ratio, age[i], clip=not args.no_clip,
-                        advantage_floor=args.advantage_floor, advantage_limit=args.advantage_limit, loss_cap=args.loss_cap,
-                        self_anchor=args.self_anchor, cfm_anchor=cfm_anchor, velocity_anchor=args.velocity_anchor, departure=departure,
-                        prior_anchor=args.prior_anchor, cfm_prior=cfm_prior,
-                    )  # fmt: skip
-                    infos.append(dict(info, actor=loss_actor.detach()))
-                    drift = (cfm_init[i] - cfm.detach())[age[i] == 0]  # D4, the KL stop of this algorithm; older samples show earlier drift
-                    if args.drift_limit > 0 and len(drift) and max(drift.mean().abs(), drift.std(correction=0)) > args.drift_limit:
-                        stopped = True
-                        break
+            infos = []
+            for _ in range(args.actor_epochs if iteration > args.critic_warmup else 0):  # D11: the critics alone at first
+                order = torch.randperm(len(adv), generator=generator, device=device)
+                for i in order.tensor_split(max(1, len(order) // args.minibatch_size)):  # the remainder is dealt out
+                    cfm, v = actor.cfm_loss(x_a[i], s_a[i], u[i], eps[i])  # line 23: ℓ_cfm(x | s; θ), (b,)
+                    loss_actor, info = fpo_loss(cfm, cfm_init[i], adv[i], args.beta, args.clip_eps, sigma_floor)  # lines 23-25, 27: Eq. 2-4
+                    move = (v - v_old[i]).square().mean()
+                    loss_actor = loss_actor + args.proximal * info["slope"] * move  # D4: Eq. 3 standardises how far away, this does not
                     actor_optimizer.zero_grad()
                     loss_actor.backward()
-                    ranks.sum_gradients(actor)
                     torch.nn.utils.clip_grad_norm_(actor.parameters(), 1.0)  # the paper names no limit
                     actor_optimizer.step()
-                    actor_steps += 1
-            critic_mean = sum(ranks.gathered(torch.stack(losses_critic).mean().item()))  # of the iteration
+                    infos.append(dict(info, actor=loss_actor.detach(), move=move.detach()))
+            ranks.broadcast(actor, critic, target)  # the ranks have done the same: against rounding
+            critic_mean = torch.stack(losses_critic).mean().item()
             if not (math.isfinite(critic_mean) and all(torch.isfinite(info["actor"]) for info in infos)):
                 stop(f"a loss became NaN or infinite in iteration {iteration}; the last good checkpoint is {folder / 'last.pt'}. "
-                     "Start a new run with a lower --actor-lr or --critic-lr, or with --drift-limit 0.05", code=1)  # fmt: skip
+                     "Start a new run with a lower --actor-lr or --critic-lr", code=1)  # fmt: skip
             update_seconds = time.perf_counter() - clock
             torch.set_num_threads(1)
 
             # ---- log ----
+            executed = batch["x"].flatten(0, 1)  # (T E, D)
             with torch.no_grad():
-                q = critic(s, x)
-            executed = ranks.whole(batch["x"].movedim(1, -1), own, E).movedim(1, -1)  # (T, E, D)
-            q_spread = q.std(0, correction=min(1, args.num_critics - 1)).mean()  # 0 for a single critic
-            own_means = torch.stack([q.mean(), q_spread, (batch["x"] - batch["x0"]).norm(dim=-1).mean()])  # of this rank
-            q_mean, q_spread, explore_shift = np.mean(ranks.gathered(own_means.tolist()), 0)
+                q = critic(batch["s"].flatten(0, 1), executed)
             mean = lambda values: float(np.mean(values)) if len(values) else ""
             row = {"iteration": iteration, "charts/env_steps": env_steps, "charts/success": mean(recent),
                    "charts/return": mean(returns), "charts/episode_length": mean(lengths),
                    "charts/success_length": mean([length for length, success in zip(lengths, successes) if success]),
                    "charts/SPS": (env_steps - steps_before) / (rollout_seconds + update_seconds), "charts/rollout_seconds": rollout_seconds,
-                   "charts/update_seconds": update_seconds, "losses/critic": critic_mean / args.num_critics, "losses/actor_steps": actor_steps,
-                   "critic/explained_variance": explained_variance, "critic/advantage_std": adv.std().item(),
-                   "critic/q_mean": q_mean, "critic/q_spread": q_spread, "latent/explore_shift": explore_shift,
-                   "latent/norm": executed.norm(dim=-1).mean().item(), "latent/std": executed.flatten(0, 1).std(0).mean().item(),
-                   "latent/mean_abs": executed.mean((0, 1)).abs().mean().item()}  # fmt: skip
-            for key in "actor surrogate ratio_mean ratio_std clip_fraction floor_share delta_mean delta_std cfm_loss".split():
+                   "charts/update_seconds": update_seconds, "losses/critic": critic_mean / args.num_critics,
+                   "critic/q_mean": q.mean().item(), "critic/q_spread": q.std(0, correction=0).mean().item(),
+                   "latent/norm": executed.norm(dim=-1).mean().item(), "latent/std": executed.std(0).mean().item(),
+                   "latent/explore_shift": (batch["x"] - batch["x0"]).norm(dim=-1).mean().item()}  # fmt: skip
+            for key in "actor surrogate ratio_std clip_fraction floor_share delta_mean cfm_loss move".split():
                 row[f"losses/{key}"] = torch.stack([info[key] for info in infos]).mean().item() if infos else ""
 
             # ---- evaluate on the states that training never sees ----
@@ -502,6 +464,8 @@ if __name__ == "__main__":
                 evaluations.append(e := summary(result))
                 row.update(evaluation_columns(result) | {"eval/strict": e["strict"] / e["episodes"]})
                 results["tuned"] = result
+                if last:  # the same actor, from zero noise
+                    evaluations.append(summary(evaluate("zero noise", args.eval_episodes)))
             if due and RANK == 0:
                 logs.latents.add(result, np.flatnonzero(result["episode"] < LATENT_EPISODES))
                 bar.write(f"{env_steps:9,d} steps  {elapsed() / 60:5.1f} min  tuned {rate(e['success'], e['episodes'])}")

@@ -11,7 +11,7 @@ import torch
 
 from base_flow import FlowBase
 from fpo_actor import FlowActor, draw_flow_noise
-from fpo_critic import QEnsemble, critic_loss, fresh_value, gae, td_target
+from fpo_critic import QEnsemble, critic_loss, fresh_value, gae, latent_advantage, td_target
 from fpo_loss import fpo_loss
 from test_train_aloha import ROOT, SMALL, rows, same_results
 
@@ -44,15 +44,17 @@ def everything(device, dtype):
 
     x = actor.sample(s, 8, noise=noise)
     explored = actor.explore(x, s, 4, 0.05)
-    cfm, departure = actor.cfm_loss(explored, s, u, eps, with_departure=True)
-    cfm_init = old.cfm_loss(explored, s, u, eps).detach()
-    loss, info = fpo_loss(cfm, cfm_init, adv, 0.2, 0.2, 0.01, self_anchor=1.0, velocity_anchor=0.1, departure=departure)
+    cfm, velocity = actor.cfm_loss(explored, s, u, eps)
+    cfm_init, velocity_old = (part.detach() for part in old.cfm_loss(explored, s, u, eps))
+    loss, info = fpo_loss(cfm, cfm_init, adv, 0.2, 0.2, 0.01)
+    loss = loss + 0.3 * info["slope"] * (velocity - velocity_old).square().mean()
     loss.backward()
     y = td_target(target, r, 0.9 * torch.ones_like(r), (r > 0.8).to(dtype), s_next, x)
     loss_critic = critic_loss(critic, s, x, y)
     loss_critic.backward()
     v = fresh_value(critic, s, fresh)
-    result = dict(info, x=x, explored=explored, cfm=cfm, departure=departure, loss=loss, y=y, loss_critic=loss_critic, v=v)
+    among = latent_advantage(critic, s, fresh)
+    result = dict(info, x=x, explored=explored, cfm=cfm, velocity=velocity, loss=loss, y=y, loss_critic=loss_critic, v=v, among=among)
     shaped = [t.view(T, E) for t in (r, v, v.roll(1), torch.full_like(r, 0.9))]
     result["adv"] = gae(*shaped, torch.zeros_like(ended), ended, 0.95)
     result["actor_gradient"], result["critic_gradient"] = (torch.cat([p.grad.flatten() for p in m.parameters()]) for m in (actor, critic))
@@ -81,15 +83,15 @@ def test_base_on_the_gpu_equals_the_cpu():
 @needs_gpu
 def test_aloha_trains_resumes_and_is_evaluated(tmp_path):
     """Two halves are the whole, bit for bit; a checkpoint of the GPU plays on a CPU, and its run does not go on there."""
-    flags = [*FLAGS, "--eval-every", 320, "--explore-steps", 4]
-    whole = script("train_aloha.py", tmp_path, *flags, "--total-env-steps", 640, "--run-name", "whole", "--no-anneal-lr")
+    flags = [*FLAGS, "--eval-every", 800, "--explore-steps", 4]
+    whole = script("train_aloha.py", tmp_path, *flags, "--total-env-steps", 1600, "--run-name", "whole", "--no-anneal-lr")
     assert whole.returncode == 0, whole.stderr
     assert json.loads((tmp_path / "runs/whole/args.json").read_text())["args"]["device"] == "cuda"
-    half = script("train_aloha.py", tmp_path, *flags, "--total-env-steps", 320, "--run-name", "parts", "--no-anneal-lr")
+    half = script("train_aloha.py", tmp_path, *flags, "--total-env-steps", 800, "--run-name", "parts", "--no-anneal-lr")
     assert half.returncode == 0, half.stderr
-    on_cpu = script("train_aloha.py", tmp_path, "--resume", "runs/parts", "--total-env-steps", 640, gpu=False)
+    on_cpu = script("train_aloha.py", tmp_path, "--resume", "runs/parts", "--total-env-steps", 1600, gpu=False)
     assert on_cpu.returncode == 2 and "--resume" in on_cpu.stderr and "Traceback" not in on_cpu.stderr
-    rest = script("train_aloha.py", tmp_path, "--resume", "runs/parts", "--total-env-steps", 640)
+    rest = script("train_aloha.py", tmp_path, "--resume", "runs/parts", "--total-env-steps", 1600)
     assert rest.returncode == 0, rest.stderr
     same_results(tmp_path / "runs/whole", tmp_path / "runs/parts")
     played = ["--eval-only", "--eval-episodes", 1, "--checkpoint", "runs/whole/last.pt", "--num-workers", 1]

@@ -1,4 +1,4 @@
-"""The sliding window: whole iterations, their order, ages and eviction."""
+"""The sliding window: whole iterations, their order and eviction."""
 
 import pytest
 import torch
@@ -17,7 +17,6 @@ def test_window_keeps_the_newest_iterations_whole():
         buffer.push(iteration(k))
     assert len(buffer) == 2
     assert buffer.flat("r").tolist() == [200, 201, 202, 203, 204, 205, 300, 301, 302, 303, 304, 305]
-    assert buffer.age().tolist() == [1] * 6 + [0] * 6
 
 
 def test_a_sample_keeps_its_cached_loss_and_latent():

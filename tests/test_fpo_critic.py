@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from fpo_critic import QEnsemble, critic_loss, fresh_value, gae, polyak_update, stored_value, td_target
+from fpo_critic import QEnsemble, critic_loss, fresh_value, gae, latent_advantage, polyak_update, stored_value, td_target
 
 
 def ensemble(M=3):
@@ -133,3 +133,17 @@ def test_critics_learn_a_known_value():
         optimizer.step()
         polyak_update(target, q, 0.05)
     torch.testing.assert_close(q(s, torch.randn(3, 2)).mean(0), torch.tensor([0.81, 0.9, 1.0]), atol=0.05, rtol=0)
+
+
+def test_latent_advantage_by_hand():
+    """Two states, three latents each: the ensemble's mean, minus the state's mean, over its standard deviation plus the floor."""
+    q = QEnsemble(2, 4, 3)
+    for p in q.parameters():
+        p.data = torch.randn(p.shape)
+    s, x = torch.randn(2, 2), torch.randn(2, 3, 4)
+    adv = latent_advantage(q, s, x, floor=0.5)
+    for i in range(2):
+        values = [q(s[i : i + 1], x[i, j : j + 1]).mean().item() for j in range(3)]
+        mean, std = np.mean(values), np.std(values)
+        np.testing.assert_allclose(adv[i].numpy(), (np.array(values) - mean) / (std + 0.5), rtol=1e-4, atol=1e-5)
+    assert latent_advantage(q, s, x[:, :1]).abs().max() == 0  # one latent alone is neither good nor bad

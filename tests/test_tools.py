@@ -163,9 +163,9 @@ def test_log_density_of_the_untrained_actor_is_that_of_the_prior():
 
 
 def test_monotonicity_end_to_end(tmp_path):
-    result = tool("check_monotonicity", tmp_path, "--runs", "no_stabilisers", "--total-env-steps", 50_000, "--samples", 8, "--ode-steps", 4, "--out", tmp_path)
+    result = tool("check_monotonicity", tmp_path, "--runs", "no_proximal", "--total-env-steps", 50_000, "--samples", 8, "--ode-steps", 4, "--out", tmp_path)
     assert result.returncode == 0, result.stderr
-    with open(tmp_path / "no_stabilisers_seed1.csv") as file:
+    with open(tmp_path / "no_proximal_seed1.csv") as file:
         assert len(file.readlines()) >= 2
     assert "spearman" in result.stdout and (tmp_path / "seed1.png").stat().st_size > 10_000
 
@@ -289,7 +289,7 @@ def test_the_queue_knows_a_run_that_has_ended(tmp_path):
 def test_the_queue_lists_its_commands():
     result = tool("run_ablations", ROOT, "--list", "--rows", "aloha_no_clip", "--seeds", 2)
     assert result.returncode == 0 and len(result.stdout.splitlines()) == 2
-    assert "--no-clip --seed 2" in result.stdout.splitlines()[1]
+    assert "--clip-eps inf --seed 2" in result.stdout.splitlines()[1]
 
 
 @pytest.mark.parametrize("name, flags, words", [
@@ -332,7 +332,7 @@ def test_the_queue_lists_its_commands():
     ("bench_libero", ["--task-ids", "99"], ["--task-ids has 99"]),
     ("bench_aloha", ["--num-envs", "0"], ["--num-envs is 0"]),
     ("train_sac", ["--updates", "inf"], ["--updates is inf", "finite"]),
-    ("plots", ["--latents", str(ROOT / "results" / "ablations" / "short_k4_end_seed1"), "--out", "."], ["--latents", "args.json"]),
+    ("plots", ["--latents", str(ROOT / "results" / "former" / "short_k4_end_seed1"), "--out", "."], ["--latents", "args.json"]),
     ("plots", ["--latents", "."], ["--out is missing"]),
 ])  # fmt: skip
 def test_bad_input(tmp_path, name, flags, words):

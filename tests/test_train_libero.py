@@ -13,7 +13,7 @@ import torch
 from base_flow import FlowBase
 
 ROOT = Path(__file__).parents[1]
-SMALL = ("--num-envs 2 --num-workers 1 --rollout-decisions 2 --critic-warmup 1 --critic-epochs 2 --actor-epochs 2 --minibatch-size 3 "
+SMALL = ("--num-envs 2 --num-workers 1 --rollout-decisions 2 --critic-warmup 1 --critic-steps 2 --actor-states 3 --fresh-latents 2 --actor-epochs 2 --minibatch-size 3 "
          "--num-draws 2 --num-critics 2 --eval-episodes 2 --device cpu --seed 3 --window 2").split()  # fmt: skip
 
 
@@ -52,11 +52,11 @@ def test_writes_what_it_promises(finished):
     episodes = rows(folder / "eval.csv")
     assert [(row["policy"], row["env_steps"], row["episode"]) for row in episodes] == [
         ("base", "0", "0"), ("base", "0", "1"), ("zero latents", "0", "0"), ("zero latents", "0", "1"), ("tuned", "64", "0"),
-        ("tuned", "128", "0"), ("tuned", "128", "1"),
+        ("tuned", "128", "0"), ("tuned", "128", "1"), ("zero noise", "128", "0"), ("zero noise", "128", "1"),
     ]  # fmt: skip
     assert all(int(row["length"]) == 400 or row["success"] == "1" for row in episodes)  # the official limit
     table = rows(folder / "table.csv")
-    assert [(row["task_id"], row["policy"], row["episodes"]) for row in table[:3]] == [("56", p, "2") for p in ("base", "zero latents", "tuned")]
+    assert [(row["task_id"], row["policy"], row["episodes"]) for row in table[:4]] == [("56", p, "2") for p in ("base", "zero latents", "tuned", "zero noise")]
 
 
 def test_resume_ends_where_the_uninterrupted_run_ends(finished):
@@ -80,14 +80,14 @@ def test_two_iterations_of_a_suite_and_its_table(tmp_path):
     with np.load(tmp_path / "runs" / "suite" / "latents.npz") as latents:
         assert set(latents["task_id"]) == {0, 1}
     episodes = rows(tmp_path / "runs" / "suite" / "eval.csv")
-    assert {(row["policy"], row["task_id"]) for row in episodes} == {(p, t) for p in ("base", "zero latents", "tuned") for t in "01"}
+    assert {(row["policy"], row["task_id"]) for row in episodes} == {(p, t) for p in ("base", "zero latents", "tuned", "zero noise") for t in "01"}
     result = train(tmp_path, *flags, "--eval-only", "--checkpoint", "runs/suite/last.pt", "--run-name", "table")
     assert result.returncode == 0, result.stderr
     lines = [line for line in result.stdout.splitlines() if line.strip().startswith("task")]
     assert len(lines) == 3 and "[" in lines[0] and "[" in lines[1] and "not cloned" in lines[2]  # named, neither dropped nor counted
     table = rows(tmp_path / "runs" / "table" / "table.csv")
     assert [row["cloned"] for row in table if row["task_id"] == "2"] == ["False"]
-    assert [row["episodes"] for row in table if row["task_id"] == "all cloned"] == ["2", "2", "2"]
+    assert [row["episodes"] for row in table if row["task_id"] == "all cloned"] == ["2"] * 4
 
 
 @pytest.mark.parametrize("flags, words", [

@@ -95,8 +95,8 @@ if __name__ == "__main__":
     actor, critic, target = FlowActor(S, D).to(device), QEnsemble(S, D, 5).to(device), QEnsemble(S, D, 5).to(device)
     actor_optimizer, critic_optimizer = torch.optim.Adam(actor.parameters()), torch.optim.Adam(critic.parameters())
     s, x, r = torch.randn(B, S, device=device), torch.randn(B, D, device=device), torch.zeros(B, device=device)
-    u, eps = draw_flow_noise(B, 16, D, device=device)
-    cfm_init, adv = actor.cfm_loss(x, s, u, eps).detach(), torch.randn(B, device=device)
+    u, eps = draw_flow_noise(B, 4, D, device=device)
+    (cfm_init, v_old), adv = (part.detach() for part in actor.cfm_loss(x, s, u, eps)), torch.randn(B, device=device)
 
     def sync():
         if device.type == "cuda":
@@ -109,7 +109,9 @@ if __name__ == "__main__":
 
     def actor_epoch():
         for i in torch.arange(B, device=device).split(160):
-            loss, _ = fpo_loss(actor.cfm_loss(x[i], s[i], u[i], eps[i]), cfm_init[i], adv[i], 0.2, 0.2, 0.01, self_anchor=1.0)
+            cfm, v = actor.cfm_loss(x[i], s[i], u[i], eps[i])
+            loss, info = fpo_loss(cfm, cfm_init[i], adv[i], 0.2, 0.2, 0.01)
+            loss = loss + info["slope"] * (v - v_old[i]).square().mean()
             actor_optimizer.zero_grad()
             loss.backward()
             actor_optimizer.step()
@@ -138,6 +140,6 @@ if __name__ == "__main__":
     print(f"raw physics            {np.median(raw):8.0f} control steps/s, median of {args.turns} turns")
     print(f"our environment        {np.median(ours):8.0f} control steps/s   {middle:.2f} of raw (quartiles {low:.2f} and {high:.2f})")
     print(f"sample and decode      {1000 * seconds(decode):8.1f} ms for {n} environments, one decision")
-    print(f"actor epoch            {1000 * seconds(actor_epoch):8.1f} ms for {B} samples, 16 draws")
+    print(f"actor epoch            {1000 * seconds(actor_epoch):8.1f} ms for {B} samples, 4 draws")
     print(f"critic epoch           {1000 * seconds(critic_epoch):8.1f} ms for {B} samples, 5 critics")
     print(f"critics, one batch     {1000 * seconds(critic_batched):8.1f} ms batched, {1000 * seconds(critic_loop):.1f} ms as a loop")

@@ -104,7 +104,7 @@ def update_seconds(base, repeat, samples=320):
     actor_optimizer, critic_optimizer = torch.optim.Adam(actor.parameters()), torch.optim.Adam(critic.parameters())
     s, x, r = torch.randn(samples, S, device=device), torch.randn(samples, D, device=device), torch.zeros(samples, device=device)
     u, eps = draw_flow_noise(samples, 16, D, device=device)
-    cfm_init, adv = actor.cfm_loss(x, s, u, eps).detach(), torch.randn(samples, device=device)
+    (cfm_init, v_old), adv = (part.detach() for part in actor.cfm_loss(x, s, u, eps)), torch.randn(samples, device=device)
 
     def update():
         for epoch in range(12):
@@ -116,7 +116,9 @@ def update_seconds(base, repeat, samples=320):
                 polyak_update(target, critic, 0.05)
         for epoch in range(4):
             for i in torch.randperm(samples, device=device).split(160):
-                loss, _ = fpo_loss(actor.cfm_loss(x[i], s[i], u[i], eps[i]), cfm_init[i], adv[i], 0.2, 0.2, 0.01, self_anchor=1.0)
+                cfm, v = actor.cfm_loss(x[i], s[i], u[i], eps[i])
+                loss, info = fpo_loss(cfm, cfm_init[i], adv[i], 0.2, 0.2, 0.01)
+                loss = loss + info["slope"] * (v - v_old[i]).square().mean()
                 actor_optimizer.zero_grad()
                 loss.backward()
                 actor_optimizer.step()

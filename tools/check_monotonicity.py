@@ -1,12 +1,12 @@
 """The paper's assumption (Sec. III-B): does a fall of the flow-matching loss order like a rise of the actor's density?
 
-    python tools/check_monotonicity.py                              # two runs of train_aloha.py, with and without stabilisers; half an hour and more
+    python tools/check_monotonicity.py                              # two runs of train_aloha.py, with and without the proximal term; half an hour and more
     python tools/check_monotonicity.py --total-env-steps 200000 --every 2
 
 The latent space is small, so the exact log π_θ(x | s) is computable: x is carried back to the noise along the actor's own flow, and
 log π_θ(x | s) = log N(x(0); 0, I) - ∫ ∇·v_θ du (Chen et al. 2018), with the exact divergence. That is the density of the continuous flow; a
 rollout samples it in 8 steps, which are a little off. Every iteration of a run, on the latents of its rollout,
-compares Δℓ of Eq. 2 with log π_θ - log π_θold, θ_old and θ the actor before and after the update. Spearman's rank correlation, twice: with the 16
+compares Δℓ of Eq. 2 with log π_θ - log π_θold, θ_old and θ the actor before and after the update. Spearman's rank correlation, twice: with the
 draws of Eq. 2 that the update used, and with 256 others, to tell the estimator's noise from the assumption itself. It also fits log π's rise by
 D/2 · Δℓ, the slope behind the floor of D2. Results: results/monotonicity/<name>_seed<seed>.csv, and a picture.
 """
@@ -32,7 +32,7 @@ from tqdm import tqdm
 from fpo_actor import FlowActor, draw_flow_noise
 from run_files import load_checkpoint, make_out_folder, parse_args, stop, write_atomically
 
-RUNS = dict(defaults=[], no_stabilisers=["--self-anchor", "0", "--velocity-anchor", "0"], literal=["--literal"])
+RUNS = dict(defaults=[], no_proximal=["--proximal", "0"], literal=["--literal"])
 MANY_DRAWS = 256
 LATENTS = 320  # of an iteration of train_aloha.py: 32 environments, 10 decisions each
 COLUMNS = "env_steps spearman spearman_many_draws slope delta_std log_ratio_std cfm_loss".split()
@@ -40,8 +40,8 @@ COLUMNS = "env_steps spearman spearman_many_draws slope delta_std log_ratio_std 
 
 @dataclass
 class Args:
-    runs: tuple[str, ...] = ("defaults", "no_stabilisers")
-    """which of: defaults, no_stabilisers, literal; none: only draw the picture again, of the tables in --out"""
+    runs: tuple[str, ...] = ("defaults", "no_proximal")
+    """which of: defaults, no_proximal, literal; none: only draw the picture again, of the tables in --out"""
     seed: int = 1
     """seed of the runs"""
     total_env_steps: int = 400_000
@@ -120,10 +120,10 @@ def compare_update(before, after, samples, ode_steps, generator):
     old, new = (FlowActor(s.shape[1], D) for _ in range(2))
     old.load_state_dict(before["actor"])
     new.load_state_dict(after["actor"])
-    cfm = new.cfm_loss(x, s, u, eps)
+    cfm, _ = new.cfm_loss(x, s, u, eps)
     delta = cfm_init - cfm  # Eq. 2
     u, eps = draw_flow_noise(len(x), MANY_DRAWS, D, generator)
-    delta_many = old.cfm_loss(x, s, u, eps) - new.cfm_loss(x, s, u, eps)
+    delta_many = old.cfm_loss(x, s, u, eps)[0] - new.cfm_loss(x, s, u, eps)[0]
     log_ratio = log_density(new, x, s, ode_steps) - log_density(old, x, s, ode_steps)
     centred = delta_many - delta_many.mean()
     slope = (centred * (log_ratio - log_ratio.mean())).sum() / centred.square().sum()

@@ -18,7 +18,7 @@ from run_files import parse_args, stop, write_atomically
 ENTRIES = [  # what the paper calls it, file, code
     ("Eq. 1, return of an episode", "train_aloha.py", "episode_return = success"),
     ("Eq. 2, Δℓ", "fpo_loss.py", "delta = cfm_init - cfm"),
-    ("Eq. 3, ratio ρ", "fpo_loss.py", "return torch.exp(beta * z)"),
+    ("Eq. 3, ratio ρ", "fpo_loss.py", "return torch.exp(beta * (delta - mu) / sigma)"),
     ("Eq. 4, clipped surrogate", "fpo_loss.py", "surrogate = torch.min("),
     ("Eq. 5, TD target", "fpo_critic.py", "return r + discount * (1 - terminated) * target("),
     ("Eq. 6, critic loss", "fpo_critic.py", "(critic(s, x) - y).square()"),
@@ -32,14 +32,14 @@ ENTRIES = [  # what the paper calls it, file, code
     ("line 7, sample x", "train_aloha.py", "x0 = actor.sample("),
     ("line 8, decode", "train_aloha.py", "a = base.decode("),
     ("line 9, step", "train_aloha.py", "step = envs.step("),
-    ("line 10, cache ℓ_init", "train_aloha.py", "cfm_init = actor.cfm_loss("),
+    ("line 10, cache ℓ_init", "train_aloha.py", "cfm_init, _ = cached_loss(batch"),
     ("line 11, push", "train_aloha.py", "buffer.push(batch)"),
-    ("lines 17-18, x'", "train_aloha.py", "fresh = actor.sample("),
+    ("lines 17-18, x'", "train_aloha.py", "x_next = actor.sample("),
     ("line 19", "train_aloha.py", "y = td_target("),
     ("line 20", "train_aloha.py", "loss_critic = critic_loss("),
     ("line 21", "train_aloha.py", "polyak_update(target, critic, args.tau)"),
-    ("line 23", "train_aloha.py", "cfm, departure = actor.cfm_loss("),
-    ("line 26, advantages", "train_aloha.py", "adv.append(gae("),
+    ("line 23", "train_aloha.py", "cfm, v = actor.cfm_loss("),
+    ("line 26, advantages", "train_aloha.py", "adv = latent_advantage("),
     ("lines 23-25 and 27, actor update", "train_aloha.py", "loss_actor, info = fpo_loss("),
 ]
 

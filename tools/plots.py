@@ -53,7 +53,7 @@ CURVES = (
 class Args:
     latents: tuple[Path, ...] = (ROOT / "results/libero/butter_seed1",)
     """folders with latents.npz"""
-    exploration: tuple[Path, ...] = tuple(sorted((ROOT / "results" / "ablations").glob("*k4*_seed*")))
+    exploration: tuple[Path, ...] = tuple(sorted((ROOT / "results" / "former").glob("*k4*_seed*")))
     """folders with latents.npz of runs with --explore-steps > 0"""
     strip: tuple[Path, ...] = ()
     """run folders whose checkpoints are played and photographed"""
@@ -502,7 +502,7 @@ if __name__ == "__main__":
             folders = sorted(path.parent for path in (ROOT / "results").glob(f"{pattern}/metrics.csv"))
             if folders:
                 draw_curves(args.out, name, folders, title, paper)
-        if (curves := ROOT / "results" / "ablations" / "runs_curves.csv").exists():
+        if (curves := ROOT / "results" / "former" / "runs_curves.csv").exists():
             draw_ablations(args.out, curves)
     if everything or args.latents != Args.latents:
         rows = [row for folder in args.latents for row in latent_pictures(args.out, folder)]

@@ -1,6 +1,6 @@
 """The learning curves and tables of README and results/, from the CSV files there.
 
-    python tools/results.py            # curve.png and tables in results/aloha, results/libero and results/ablations; in the pages too
+    python tools/results.py            # curve.png and tables in results/aloha, results/libero and results/former; in the pages too
 
 A run's files there are those of its run folder: metrics.csv, eval.csv (an evaluation episode a row) and args.json.
 """
@@ -95,22 +95,24 @@ def table_row(name, run):
     before = dict(zip(base["episode"], base["success"]))  # an evaluation of fewer episodes plays some of these
     before = np.array([before[episode] for episode in last["episode"]])
     fixed, broken = (last["success"] > before).sum(), (last["success"] < before).sum()
+    zero_noise = last_evaluation(run, "zero noise") or last_evaluation(run, "tuned mean")  # SAC's: the mean latent
     lowest = min(run[key]["success"].mean() for key in run if key[0] == "tuned")
-    cells = [name, f"{final[1] / 1e6:.2f} M", cell(base["success"]), cell(zero["success"]), f"**{cell(last['success'])}**", cell(last["strict"]),
+    cells = [name, f"{final[1] / 1e6:.2f} M", cell(base["success"]), cell(zero["success"]), f"**{cell(last['success'])}**",
+             cell(run[zero_noise]["success"]) if zero_noise else "–", cell(last["strict"]),
              f"{100 * lowest:.0f} %", str(fixed), str(broken)]  # fmt: skip
     return "| " + " | ".join(cells) + " |"
 
 
 def write_table(folder, runs, seeds, strict):
     """table.md of a folder: a row a run, the seeds first."""
-    lines = ["| run | steps | base | zero latents | tuned | tuned, strict | lowest evaluation | fixed | broken |", "|" + "---|" * 9]
+    lines = ["| run | steps | base | zero latents | tuned | from zero noise | tuned, strict | lowest evaluation | fixed | broken |", "|" + "---|" * 10]
     for name in [*seeds, *(name for name in runs if name not in seeds)]:
         lines.append(table_row(name.replace("seed", "seed ").replace("_", " "), runs[name]))
     if not strict:
-        lines = ["|".join(cell for i, cell in enumerate(line.split("|")) if i != 6) for line in lines]
+        lines = ["|".join(cell for i, cell in enumerate(line.split("|")) if i != 7) for line in lines]
     kinds = {}  # runs of one name but for the seed
     for name, run in {**seeds, **runs}.items():
-        kinds.setdefault(name.split("seed")[0].removeprefix("butter").strip("_") or "FPO", []).append(run[last_evaluation(run)]["success"].mean())
+        kinds.setdefault(name.split("seed")[0].removeprefix("butter").strip("_").replace("_", " ") or "FPO", []).append(run[last_evaluation(run)]["success"].mean())
     means = [f"{kind} **{over_seeds(shares)}**" for kind, shares in kinds.items() if len(shares) > 1]
     if means:
         lines += ["", f"Means of the last evaluation (95 % t interval over seeds): {', '.join(means)}."]
@@ -378,5 +380,5 @@ if __name__ == "__main__":
     write_suites(ROOT / "results" / "libero")
     write_summary(ROOT / "results" / "summary.md")
     write_table_1(ROOT / "results" / "libero")
-    if (ablations := ROOT / "results" / "ablations" / "runs.csv").exists():
+    if (ablations := ROOT / "results" / "former" / "runs.csv").exists():
         write_ablations(ablations)

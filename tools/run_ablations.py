@@ -1,4 +1,4 @@
-"""The queue of the ablations: Table II repeated on ALOHA and on butter/tray, and what else results/former_bases.md compares.
+"""The queue of the ablations: Table II repeated on ALOHA and on butter/tray, and what the additions of ours do.
 
     python tools/run_ablations.py --list          # every command, and which are done
     python tools/run_ablations.py                 # run what is missing, seed 1 of every row first; about 12 hours on two cores
@@ -36,42 +36,33 @@ from run_files import parse_args, stop, write_atomically
 ALOHA = "train_aloha.py --total-env-steps 800000 --eval-every 200000 --eval-episodes 100"
 SHORT = "train_aloha.py --total-env-steps 400000 --eval-every 100000 --eval-episodes 100"
 BUTTER = "train_libero.py --total-env-steps 250000 --eval-every 62500"
-BARE = f"{SHORT} --self-anchor 0 --velocity-anchor 0"  # each stabiliser of D4 in the anchors' place
 
 # row: its seeds, and its command without --seed and --run-name
 ROWS = {
     # Table II on ALOHA and on butter/tray
     "aloha_complete": (5, ALOHA),
     "aloha_sac": (5, "tools/train_sac.py --task aloha --total-env-steps 800000 --eval-every 200000 --eval-episodes 100"),
-    "aloha_no_clip": (5, f"{ALOHA} --no-clip"),
-    "aloha_k1": (5, f"{ALOHA} --explore-steps 1 --explore-grid end"),
+    "aloha_no_clip": (5, f"{ALOHA} --clip-eps inf"),
+    "aloha_k1": (5, f"{ALOHA} --explore-steps 1"),
     "aloha_single_critic": (5, f"{ALOHA} --num-critics 1"),
     "butter_complete": (3, BUTTER),
     "butter_sac": (3, "tools/train_sac.py --task libero_90_task56 --total-env-steps 250000 --eval-every 62500"),
-    "butter_no_clip": (3, f"{BUTTER} --no-clip"),
-    "butter_k1": (3, f"{BUTTER} --explore-steps 1 --explore-grid end"),
+    "butter_no_clip": (3, f"{BUTTER} --clip-eps inf"),
+    "butter_k1": (3, f"{BUTTER} --explore-steps 1"),
     "butter_single_critic": (3, f"{BUTTER} --num-critics 1"),
-    # the decisions D1-D14 on ALOHA, half the budget
+    # the decisions D1-D16 on ALOHA, half the budget
     "short_complete": (3, SHORT),
     "short_literal": (3, f"{SHORT} --literal"),
     "short_stored_values": (3, f"{SHORT} --value-latents stored"),
-    "short_no_self_anchor": (3, f"{SHORT} --self-anchor 0"),
-    "short_no_velocity_anchor": (3, f"{SHORT} --velocity-anchor 0"),
-    "short_no_anchor": (3, BARE),
-    "short_drift_limit": (3, f"{BARE} --drift-limit 0.05"),
-    "short_loss_cap": (3, f"{BARE} --loss-cap 0.1"),
-    "short_prior_anchor": (3, f"{BARE} --prior-anchor 0.1"),
-    "short_advantage_limit": (3, f"{BARE} --advantage-limit 1"),
-    "short_k4_midpoint": (3, f"{SHORT} --explore-steps 4"),
-    "short_k4_end": (3, f"{SHORT} --explore-steps 4 --explore-grid end"),
-    "short_raw_ratio": (3, f"{SHORT} --ratio raw"),
-    "short_half_latent": (3, f"{SHORT} --latent-dim 12"),
+    "short_no_proximal": (3, f"{SHORT} --proximal 0"),
+    "short_one_iteration": (3, f"{SHORT} --window 1"),
+    "short_k4": (3, f"{SHORT} --explore-steps 4"),
     "short_floor": (3, f"{SHORT} --sigma-floor 1e-8"),
-    "short_floor_no_clip": (3, f"{SHORT} --sigma-floor 1e-8 --no-clip"),
+    "short_floor_no_clip": (3, f"{SHORT} --sigma-floor 1e-8 --clip-eps inf"),
     "short_shuffled": (3, f"{SHORT} --shuffle-advantages"),
     "short_cloning": (3, "tools/train_cloning.py --task aloha --total-env-steps 400000 --eval-every 100000 --eval-episodes 100"),
 }  # fmt: skip
-MEANS = "losses/cfm_loss losses/delta_std losses/clip_fraction losses/floor_share latent/norm latent/std".split()  # over the iterations since the last evaluation
+MEANS = "losses/cfm_loss losses/clip_fraction losses/floor_share latent/norm latent/std".split()  # over the iterations since the last evaluation
 COLUMNS = ["row", "seed", "policy", "env_steps", "successes", "episodes", "status", "minutes", "steps_to_90", *MEANS, "command"]
 CURVE = dict(env_steps="charts/env_steps", success="charts/success", norm="latent/norm")  # columns of runs_curves.csv, and of metrics.csv
 RESUMED = ("train_aloha.py", "train_libero.py")
