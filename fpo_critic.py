@@ -93,15 +93,19 @@ def polyak_update(target, critic, tau):
         slow.lerp_(fast, tau)
 
 
+def q_of_latents(critic, s, x_fresh):
+    """Q_φi(s, x̃_j) of J latents of every state. s: (B, S), x_fresh: (B, J, D) -> (M, B, J)."""
+    B, J, _ = x_fresh.shape
+    return critic(s[:, None].expand(B, J, -1).flatten(0, 1), x_fresh.flatten(0, 1)).view(-1, B, J)
+
+
 @torch.no_grad()
 def fresh_value(critic, s, x_fresh):
     """V(s) = mean_j min_i Q_φi(s, x̃_j) over J fresh latents x̃_j ~ π_θ(· | s). s: (B, S), x_fresh: (B, J, D) -> (B,).
 
     D5: with the stored latent V(s) would equal Q(s, x), and at Q = Q^π no advantage would be left.
     """
-    B, J, _ = x_fresh.shape
-    s = s[:, None].expand(B, J, -1)
-    return critic(s.flatten(0, 1), x_fresh.flatten(0, 1)).min(0).values.view(B, J).mean(1)
+    return q_of_latents(critic, s, x_fresh).min(0).values.mean(1)
 
 
 @torch.no_grad()
@@ -111,8 +115,7 @@ def latent_advantage(critic, s, x_fresh, floor=0.02):
 
     floor is added to the standard deviation, in units of the return: where the critics see no difference there is none.
     """
-    B, J, _ = x_fresh.shape
-    q = critic(s[:, None].expand(B, J, -1).flatten(0, 1), x_fresh.flatten(0, 1)).mean(0).view(B, J)
+    q = q_of_latents(critic, s, x_fresh).mean(0)
     return (q - q.mean(1, keepdim=True)) / (q.std(1, correction=0, keepdim=True) + floor)
 
 

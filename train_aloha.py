@@ -93,9 +93,9 @@ class Args:
     gamma: float = 0.999
     """γ of Eq. 1, an environment step"""
     gae_lambda: float = 0.95
-    """λ of GAE, a decision"""
+    """λ of GAE, a decision; for --fresh-latents 0"""
     value_latents: Literal["fresh", "stored"] = "fresh"
-    """latents behind V(s): fresh samples, or the executed one as the paper says (D5)"""
+    """latents behind V(s) of GAE: fresh samples, or the executed one as in the paper (D5); for --fresh-latents 0"""
     sigma_floor: float | None = None
     """least σ_Δ in Eq. 3; 2β/D if left out (D2)"""
     shuffle_advantages: bool = False

@@ -53,7 +53,8 @@ ROWS = {
     # the decisions D1-D16 on ALOHA, half the budget
     "short_complete": (3, SHORT),
     "short_literal": (3, f"{SHORT} --literal"),
-    "short_stored_values": (3, f"{SHORT} --value-latents stored"),
+    "short_gae": (3, f"{SHORT} --fresh-latents 0"),
+    "short_stored_values": (3, f"{SHORT} --fresh-latents 0 --value-latents stored"),
     "short_no_proximal": (3, f"{SHORT} --proximal 0"),
     "short_one_iteration": (3, f"{SHORT} --window 1"),
     "short_k4": (3, f"{SHORT} --explore-steps 4"),
