@@ -165,7 +165,7 @@ class Pi0Base:
         return euler_integrate(velocity, w, self.config.num_inference_steps)
 
     @classmethod
-    def load(cls, path, env, cameras, device="cpu", dtype=None, compile=False, **options):
+    def load(cls, path, env, cameras, device="cpu", dtype=None, **options):
         """The policy in a folder or on the hub. env: "libero" or "aloha", for lerobot's processors; dtype: "bfloat16" on a GPU and
         "float32" on a CPU if left out. ValueError, in one sentence, if it is not there or not whole."""
         if path is None:
@@ -188,8 +188,6 @@ class Pi0Base:
         if config.type in STEERABLE:
             experts = policy.model.paligemma_with_expert
             experts.paligemma.lm_head = experts.gemma_expert.lm_head = None  # 1.5 GiB that never speak
-            if compile:
-                policy.model.denoise_step = torch.compile(policy.model.denoise_step)
         try:
             preprocess, postprocess = make_pre_post_processors(config, str(folder), preprocessor_overrides={"device_processor": {"device": str(device)}})
         except Exception as error:
@@ -249,7 +247,7 @@ def dct_basis(modes, action_dim, steps, width):
     """Orthonormal: the first DCT-II modes along time of each real action dimension. -> (modes · action_dim, steps, width).
     ValueError for more modes than steps."""
     if modes > steps:
-        raise ValueError(f"--latent-modes is {modes}, and a chunk has {steps} steps: give at most that.")
+        raise ValueError(f"a chunk has {steps} steps, fewer than the {modes} modes that --latent dct steers: give --latent full.")
     time, mode = (torch.arange(steps) + 0.5) / steps, torch.arange(modes)
     waves = torch.cos(math.pi * mode[:, None] * time) * torch.where(mode == 0, 1.0, 2.0)[:, None].div(steps).sqrt()  # (modes, steps)
     basis = torch.zeros(modes, action_dim, steps, width)

@@ -109,11 +109,11 @@ def fresh_value(critic, s, x_fresh):
 
 
 @torch.no_grad()
-def latent_advantage(critic, s, x_fresh, floor=0.02):
+def latent_advantage(critic, s, x_fresh, floor=0.1):
     """Advantages of J latents of one state among themselves: Q(s, x̃_j) - mean_j Q(s, x̃_j) over their standard deviation,
     with Q the mean of the ensemble. s: (B, S), x_fresh: (B, J, D) -> (B, J).
 
-    floor is added to the standard deviation, in units of the return: where the critics see no difference there is none.
+    floor is added to the standard deviation, in units of the return: where the critics see little difference there is little.
     """
     q = q_of_latents(critic, s, x_fresh).mean(0)
     return (q - q.mean(1, keepdim=True)) / (q.std(1, correction=0, keepdim=True) + floor)

@@ -81,7 +81,7 @@ def stop(message, code=2):
 
 def set_literal(args):
     """Set the flags of --literal: D2, D4, D5 and D16 as the paper's words have them. Stop at one that was given another value, the default too."""
-    literal = dict(sigma_floor=1e-8, value_latents="stored", proximal=0.0, fresh_latents=0)
+    literal = dict(proximal=0.0, fresh_latents=0)
     for name, value in literal.items():
         flag = f"--{name.replace('_', '-')}"
         given = any(word.split("=")[0].replace("_", "-") == flag for word in sys.argv[1:])
@@ -101,26 +101,23 @@ def check_args(args):
         value = getattr(args, field.name)
         if isinstance(value, float) and not math.isfinite(value) and field.name != "clip_eps":
             stop(f"--{field.name.replace('_', '-')} is {value}; give a finite number")
-    for name in ("total_env_steps", "rollout_decisions", "window", "critic_steps", "critic_batch", "actor_states", "actor_epochs",
-                 "flow_steps", "num_draws", "num_critics", "latent_modes", "eval_every", "eval_episodes"):  # fmt: skip
+    for name in ("total_env_steps", "rollout_decisions", "window", "critic_steps", "actor_states",
+                 "flow_steps", "num_critics", "eval_every", "eval_episodes"):  # fmt: skip
         require(getattr(args, name) > 0, name, "it must be at least 1")
     require(args.seed < 2**63, "seed", "it must be below 2**63")
     if args.base == "embedded":
-        for name in ("latent", "latent_modes", "chunk_steps", "compile", "openpi_aloha"):
+        for name in ("latent", "chunk_steps", "openpi_aloha"):
             require(getattr(args, name, None) == getattr(type(args), name, None), name, "that is for --base pi0; leave it out, or give that base")
     require(args.minibatch_size >= 2, "minibatch_size", "Eq. 3 needs at least 2 samples")
     for name in ("num_envs", "num_workers", "chunk_steps"):
         require(getattr(args, name) is None or getattr(args, name) > 0, name, "it must be at least 1, or be left out")
-    for name in ("seed", "critic_warmup", "explore_steps", "explore_eta", "proximal", "fresh_latents"):
+    for name in ("seed", "critic_warmup", "explore_steps", "proximal", "fresh_latents"):
         require(getattr(args, name) >= 0, name, "it must not be negative")
-    for name in ("actor_lr", "critic_lr", "beta", "worker_timeout"):
+    for name in ("actor_lr", "critic_lr", "beta"):
         require(getattr(args, name) > 0, name, "it must be positive")
     require(0 < args.clip_eps < 1 or args.clip_eps == math.inf, "clip_eps", "ε must lie strictly between 0 and 1; inf trains without the clip")
     require(args.fresh_latents != 1, "fresh_latents", "latents are compared with others at the same state; give 2 or more, or 0 for the executed ones")
     require(0 < args.gamma <= 1, "gamma", "it must lie in (0, 1]")
-    require(0 <= args.gae_lambda <= 1, "gae_lambda", "it must lie in [0, 1]")
-    require(0 < args.tau <= 1, "tau", "the Polyak step must lie in (0, 1]")
-    require(args.sigma_floor is None or args.sigma_floor > 0, "sigma_floor", "it must be positive (D2)")
     if args.device == "cuda" and not importlib.import_module("torch").cuda.is_available():
         if args.resume:
             stop(f"--resume is {args.resume}, a run of a GPU, whose random numbers a CPU cannot go on with; resume it where torch finds a CUDA device")
@@ -262,7 +259,7 @@ def write_args(folder, args):
     write_atomically(folder / "args.json", text.encode())
 
 
-FREE = ("resume", "total_env_steps", "num_workers", "worker_timeout", "video", "track", "weights")  # what --resume may change
+FREE = ("resume", "total_env_steps", "num_workers", "video", "track", "weights")  # what --resume may change
 
 
 def resumed_args(cls, folder, argv=None, free=FREE):

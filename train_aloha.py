@@ -30,7 +30,12 @@ from run_files import (
 )  # fmt: skip
 
 TASK = "aloha"
-VALUE_LATENTS = 4  # J of D5
+CRITIC_BATCH = 256  # transitions of one gradient step of the critics
+TAU = 0.05  # Polyak step of the target critics, not the τ of Eq. 7
+EXPLORE_ETA = 0.05  # η of Eq. 7
+NUM_DRAWS = 2  # N, draws of (u, ε) behind every CFM loss (D3)
+GAE_LAMBDA = 0.95  # λ of GAE, a decision; for --fresh-latents 0
+VALUE_LATENTS = 4  # J of D5, the same
 LATENT_EPISODES = 50  # the evaluation episodes whose latents go into latents.npz
 
 
@@ -46,26 +51,20 @@ class Args:
     """parallel environments, over all ranks; 32 a rank if left out, 8 with π_0 on a CPU or on a GPU of less than 20 GB"""
     num_workers: int | None = None
     """simulator processes of a rank, on which the results do not depend; one a core, 16 at most, if left out"""
-    worker_timeout: float = 300.0
-    """seconds for one piece of simulation, after which its process is replaced and the work done again"""
-    rollout_decisions: int = 10
+    rollout_decisions: int = 5
     """T_rollout of Algorithm 1: latent chunks an environment and iteration"""
-    window: int = 20
+    window: int = 80
     """iterations that the trajectory buffer keeps (D10)"""
-    critic_warmup: int = 1
+    critic_warmup: int = 4
     """first iterations that train the critics only (D11)"""
-    critic_steps: int = 240
+    critic_steps: int = 160
     """gradient steps of the critics an iteration (D11)"""
-    critic_batch: int = 256
-    """transitions of one gradient step of the critics"""
     fresh_latents: int = 8
     """latents a state that the actor learns from, valued by the critics; 0: the executed ones, valued by GAE, as in the paper (D16)"""
-    actor_states: int = 1600
+    actor_states: int = 3200
     """states of the window whose fresh latents the actor learns from, an iteration"""
-    actor_epochs: int = 4
-    """passes of the actor over these samples; K_update of Algorithm 1 is this many passes times the minibatches in one"""
     minibatch_size: int = 512
-    """samples of one gradient step of the actor"""
+    """samples of one gradient step of the actor; K_update of Algorithm 1 is as many steps as go once through the samples"""
     actor_lr: float = 3e-4
     """learning rate of θ (Adam)"""
     anneal_lr: bool = True
@@ -74,30 +73,18 @@ class Args:
     """learning rate of φ (Adam)"""
     beta: float = 0.2
     """β of Eq. 3, sharpness of the ratio"""
-    clip_eps: float = 0.2
+    clip_eps: float = 0.5
     """ε of Eq. 4; inf leaves the clip out (Table II)"""
     proximal: float = 0.3
     """κ, weight of |v_θ - v_θ_old|², which holds the actor near the one that made the samples; 0 is off, as in the paper (D4)"""
     explore_steps: int = 0
     """K of Eq. 7, latent exploration steps in training (D6)"""
-    explore_eta: float = 0.05
-    """η of Eq. 7, their size"""
     flow_steps: int = 4
     """steps in which the actor's flow is integrated"""
-    num_draws: int = 4
-    """N, draws of (u, ε) behind every CFM loss (D3)"""
     num_critics: int = 5
     """M, members of the ensemble"""
-    tau: float = 0.05
-    """Polyak step of the target critics; not the τ of Eq. 7"""
     gamma: float = 0.999
     """γ of Eq. 1, an environment step"""
-    gae_lambda: float = 0.95
-    """λ of GAE, a decision; for --fresh-latents 0"""
-    value_latents: Literal["fresh", "stored"] = "fresh"
-    """latents behind V(s) of GAE: fresh samples, or the executed one as in the paper (D5); for --fresh-latents 0"""
-    sigma_floor: float | None = None
-    """least σ_Δ in Eq. 3; 2β/D if left out (D2)"""
     shuffle_advantages: bool = False
     """permute the advantages: a control that must not learn (D14)"""
     literal: bool = False
@@ -108,14 +95,10 @@ class Args:
     """the base: a file for embedded, weights/aloha.safetensors beside this script if left out; for pi0 a folder or a name on the hub"""
     latent: Literal["dct", "full", "repeat"] = "dct"
     """pi0: what the latents stand for in its noise: low modes along time, every number, or one row repeated as in DSRL (D12)"""
-    latent_modes: int = 4
-    """pi0: modes along time of --latent dct"""
     chunk_steps: int | None = None
     """pi0: control steps that are executed of a chunk; the policy's own n_action_steps if left out"""
     openpi_aloha: bool = False
     """pi0: the policy comes from openpi, whose ALOHA has other signs of joints and another unit of the gripper"""
-    compile: bool = False
-    """pi0: torch.compile its denoising step"""
     eval_every: int = 200_000
     """control steps between evaluations"""
     eval_episodes: int = 200
@@ -131,7 +114,7 @@ class Args:
     run_name: str | None = None
     """folder below runs/; <task>__seed<seed>__<time> if left out"""
     resume: str | None = None
-    """run folder to continue; flags come from there, but for --weights, --total-env-steps, --num-workers, --worker-timeout, --video and --track"""
+    """run folder to continue; flags come from there, but for --weights, --total-env-steps, --num-workers, --video and --track"""
 
 
 if __name__ == "__main__":
@@ -175,7 +158,7 @@ if __name__ == "__main__":
             from base_pi0 import Pi0Base
 
             weights = args.weights
-            base = Pi0Base.load(weights, "aloha", ("top",), device, compile=args.compile, latent=args.latent, latent_modes=args.latent_modes,
+            base = Pi0Base.load(weights, "aloha", ("top",), device, latent=args.latent,
                                 chunk_steps=args.chunk_steps, openpi_aloha=args.openpi_aloha)  # fmt: skip
         else:
             weights = args.weights or Path(__file__).resolve().parent / "weights" / "aloha.safetensors"
@@ -190,7 +173,7 @@ if __name__ == "__main__":
     # this rank plays m of the E environments and then learns from all: in one process [own] takes them all, and nothing is sent
     own = slice(RANK * E // WORLD, (RANK + 1) * E // WORLD)
     D = base.latent_dim
-    sigma_floor = 2 * args.beta / max(D, 1) if args.sigma_floor is None else args.sigma_floor  # D2
+    sigma_floor = 1e-8 if args.literal else 2 * args.beta / max(D, 1)  # D2
     torch.manual_seed(args.seed)
     actor = FlowActor(base.state_dim, D).to(device)
     critic, target = (QEnsemble(base.state_dim, D, args.num_critics).to(device) for _ in range(2))
@@ -255,7 +238,7 @@ if __name__ == "__main__":
                 x = actor.sample(s, args.flow_steps, noise=x * (policy == "tuned"))
             elif policy == "zero latents":
                 x = torch.zeros_like(x)
-            explored = actor.explore(x, s, args.explore_steps, args.explore_eta)  # to be recorded: x itself is executed
+            explored = actor.explore(x, s, args.explore_steps, EXPLORE_ETA)  # to be recorded: x itself is executed
             drawn.append(torch.stack([x, explored], 1).cpu().numpy())
             return base.decode(context, base.to_noise(ranks.spread(x, mine, num_episodes), noise)[mine]).cpu().numpy()
 
@@ -292,7 +275,7 @@ if __name__ == "__main__":
     def elapsed():
         return seconds + time.perf_counter() - start
 
-    with clean_end("train_aloha.py", folder) as interrupts, Workers(args.num_workers, base.pictures, args.worker_timeout) as workers:
+    with clean_end("train_aloha.py", folder) as interrupts, Workers(args.num_workers, base.pictures) as workers:
         if RANK == 0:  # the others compute, and write nothing
             if not args.resume:
                 write_args(folder, args)
@@ -338,7 +321,7 @@ if __name__ == "__main__":
             for t in range(args.rollout_decisions):
                 noise = torch.randn(E, D, generator=generator, device=device)[own]  # (m, D), as x0 and x; m is E without torchrun
                 x0 = actor.sample(s_t, args.flow_steps, noise=noise)  # line 7: x^(0) ~ π_θ(· | s)
-                x = actor.explore(x0, s_t, args.explore_steps, args.explore_eta)  # Eq. 7: x^(K), which is executed
+                x = actor.explore(x0, s_t, args.explore_steps, EXPLORE_ETA)  # Eq. 7: x^(K), which is executed
                 w = base.to_noise(ranks.spread(x, own, E), generator)[own]  # the base's noise, (m, …)
                 a = base.decode(context, w)  # line 8, (m, chunk steps, A)
                 step = envs.step(a.cpu().numpy())  # line 9
@@ -367,9 +350,10 @@ if __name__ == "__main__":
             bar.set_postfix(success=f"{np.mean(recent):.2f}" if recent else "-", refresh=False)
             batch = ranks.of_all(own, E, {key: torch.stack([row[key] for row in rows]) for key in rows[0]})  # (T, E, …)
             T = args.rollout_decisions
-            u, eps = draw_flow_noise(T * E, args.num_draws, D, generator, device)
-            cfm_init, _ = cached_loss(batch["x"].flatten(0, 1), batch["s"].flatten(0, 1), u, eps)  # line 10, with the draws of Eq. 2 (D3)
-            batch.update(u=u.view(T, E, -1), eps=eps.view(T, E, -1, D), cfm_init=cfm_init.view(T, E))
+            if not args.fresh_latents:  # line 10, with the draws of Eq. 2 (D3)
+                u, eps = draw_flow_noise(T * E, NUM_DRAWS, D, generator, device)
+                cfm_init, _ = cached_loss(batch["x"].flatten(0, 1), batch["s"].flatten(0, 1), u, eps)
+                batch.update(u=u.view(T, E, -1), eps=eps.view(T, E, -1, D), cfm_init=cfm_init.view(T, E))
             buffer.push(batch)  # line 11, without a_t, which no equation reads
             rollout_seconds = time.perf_counter() - clock
             clock = time.perf_counter()
@@ -379,15 +363,15 @@ if __name__ == "__main__":
             # samples of all W iterations one after the other, (n, …)
             s, s_next, x, r, discount, terminated = (buffer.flat(key) for key in ("s", "s_next", "x", "r", "discount", "terminated"))
             n, losses_critic = len(r), []
+            x_next = actor.sample(s_next, args.flow_steps, generator)  # lines 17-18: x' ~ π_θ(· | s'), with θ as it is for all steps below
             for _ in range(args.critic_steps):
-                i = torch.randint(n, (args.critic_batch,), generator=generator, device=device)  # line 15
-                x_next = actor.sample(s_next[i], args.flow_steps, generator)  # lines 17-18: x' ~ π_θ(· | s')
-                y = td_target(target, r[i], discount[i], terminated[i], s_next[i], x_next)  # line 19, Eq. 5
+                i = torch.randint(n, (CRITIC_BATCH,), generator=generator, device=device)  # line 15
+                y = td_target(target, r[i], discount[i], terminated[i], s_next[i], x_next[i])  # line 19, Eq. 5
                 loss_critic = critic_loss(critic, s[i], x[i], y)  # line 20, Eq. 6
                 critic_optimizer.zero_grad()
                 loss_critic.backward()
                 critic_optimizer.step()
-                polyak_update(target, critic, args.tau)  # line 21
+                polyak_update(target, critic, TAU)  # line 21
                 losses_critic.append(loss_critic.detach())
 
             # line 26: the samples (B, …) that the actor learns from, and their advantages (B,)
@@ -396,19 +380,19 @@ if __name__ == "__main__":
                 s_a = s[i].repeat_interleave(args.fresh_latents, 0)
                 x_a = actor.sample(s_a, args.flow_steps, generator)
                 adv = latent_advantage(critic, s[i], x_a.view(len(i), -1, D)).flatten()
-                u, eps = draw_flow_noise(len(x_a), args.num_draws, D, generator, device)
+                u, eps = draw_flow_noise(len(x_a), NUM_DRAWS, D, generator, device)
                 cfm_init, v_old = cached_loss(x_a, s_a, u, eps)  # line 10, for these
             else:  # the paper's: the executed latents, valued by GAE on whole trajectories
                 s_a, x_a, u, eps, cfm_init = s, x, buffer.flat("u"), buffer.flat("eps"), buffer.flat("cfm_init")
                 both = torch.cat([s, s_next]).repeat_interleave(VALUE_LATENTS, 0)
                 x_s, x_s_next = actor.sample(both, args.flow_steps, generator).view(2, n, VALUE_LATENTS, D)
-                v = fresh_value(critic, s, x_s) if args.value_latents == "fresh" else stored_value(critic, s, x)  # D5
+                v = fresh_value(critic, s, x_s) if not args.literal else stored_value(critic, s, x)  # D5
                 v_next, adv = fresh_value(critic, s_next, x_s_next), []
                 for b, v_b, v_next_b in zip(buffer.iterations, v.split(T * E), v_next.split(T * E)):
                     v_b, v_next_b = v_b.view(T, E), v_next_b.view(T, E)
                     # V(s_{t+1}) is the next row's V(s_t), but where an episode ended and at the iteration's end
                     v_next_b = torch.cat([torch.where(b["ended"][:-1] > 0, v_next_b[:-1], v_b[1:]), v_next_b[-1:]])
-                    adv.append(gae(b["r"], v_b, v_next_b, b["discount"], b["terminated"], b["ended"], args.gae_lambda).flatten())
+                    adv.append(gae(b["r"], v_b, v_next_b, b["discount"], b["terminated"], b["ended"], GAE_LAMBDA).flatten())
                 adv = torch.cat(adv)
                 adv = (adv - adv.mean()) / (adv.std(correction=0) + 1e-4)
                 v_old = cached_loss(x_a, s_a, u, eps)[1]
@@ -419,19 +403,18 @@ if __name__ == "__main__":
             # lines 22-27: the actor
             if args.anneal_lr:
                 actor_optimizer.param_groups[0]["lr"] = args.actor_lr * max(0.0, 1 - steps_before / args.total_env_steps)
-            infos = []
-            for _ in range(args.actor_epochs if iteration > args.critic_warmup else 0):  # D11: the critics alone at first
-                order = torch.randperm(len(adv), generator=generator, device=device)
-                for i in order.tensor_split(max(1, len(order) // args.minibatch_size)):  # the remainder is dealt out
-                    cfm, v = actor.cfm_loss(x_a[i], s_a[i], u[i], eps[i])  # line 23: ℓ_cfm(x | s; θ), (b,)
-                    loss_actor, info = fpo_loss(cfm, cfm_init[i], adv[i], args.beta, args.clip_eps, sigma_floor)  # lines 23-25, 27: Eq. 2-4
-                    move = (v - v_old[i]).square().mean()
-                    loss_actor = loss_actor + args.proximal * info["slope"] * move  # D4: Eq. 3 standardises how far away, this does not
-                    actor_optimizer.zero_grad()
-                    loss_actor.backward()
-                    torch.nn.utils.clip_grad_norm_(actor.parameters(), 1.0)  # the paper names no limit
-                    actor_optimizer.step()
-                    infos.append(dict(info, actor=loss_actor.detach(), move=move.detach()))
+            infos, order = [], torch.randperm(len(adv), generator=generator, device=device)
+            minibatches = order.tensor_split(max(1, len(order) // args.minibatch_size))  # the remainder is dealt out
+            for i in minibatches if iteration > args.critic_warmup else ():  # D11: the critics alone at first
+                cfm, v = actor.cfm_loss(x_a[i], s_a[i], u[i], eps[i])  # line 23: ℓ_cfm(x | s; θ), (b,)
+                loss_actor, info = fpo_loss(cfm, cfm_init[i], adv[i], args.beta, args.clip_eps, sigma_floor)  # lines 23-25, 27: Eq. 2-4
+                move = (v - v_old[i]).square().mean()
+                loss_actor = loss_actor + args.proximal * info["slope"] * move  # D4: Eq. 3 standardises how far away, this does not
+                actor_optimizer.zero_grad()
+                loss_actor.backward()
+                torch.nn.utils.clip_grad_norm_(actor.parameters(), 1.0)  # the paper names no limit
+                actor_optimizer.step()
+                infos.append(dict(info, actor=loss_actor.detach(), move=move.detach()))
             ranks.broadcast(actor, critic, target)  # the ranks have done the same: against rounding
             critic_mean = torch.stack(losses_critic).mean().item()
             if not (math.isfinite(critic_mean) and all(torch.isfinite(info["actor"]) for info in infos)):

@@ -109,8 +109,8 @@ class WorkerPool:
         lost = sum(r is None for r in results)
         if lost and (not may_lose or lost == len(results) > 1):
             raise ChildProcessError(
-                f"{lost} of {len(results)} jobs killed their simulator process twice, or kept it silent for {self.timeout:g} s each time "
-                "(--worker-timeout); run env_aloha.py or env_libero.py alone to see whether the simulator works here, "
+                f"{lost} of {len(results)} jobs killed their simulator process twice, or kept it silent for {self.timeout:g} s each time"
+                "; run env_aloha.py or env_libero.py alone to see whether the simulator works here, "
                 'and give a script of your own `if __name__ == "__main__":`'
             )
         return results

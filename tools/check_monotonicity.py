@@ -5,9 +5,9 @@
 
 The latent space is small, so the exact log π_θ(x | s) is computable: x is carried back to the noise along the actor's own flow, and
 log π_θ(x | s) = log N(x(0); 0, I) - ∫ ∇·v_θ du (Chen et al. 2018), with the exact divergence. That is the density of the continuous flow; a
-rollout samples it in 8 steps, which are a little off. Every iteration of a run, on the latents of its rollout,
-compares Δℓ of Eq. 2 with log π_θ - log π_θold, θ_old and θ the actor before and after the update. Spearman's rank correlation, twice: with the
-draws of Eq. 2 that the update used, and with 256 others, to tell the estimator's noise from the assumption itself. It also fits log π's rise by
+rollout samples it in 4 steps, which are a little off. Every iteration of a run, on the latents of its rollout,
+compares Δℓ of Eq. 2 with log π_θ - log π_θold, θ_old and θ the actor before and after the update. Spearman's rank correlation, twice: with
+2 draws of (u, ε), as many as an update has, and with 256, to tell the estimator's noise from the assumption itself. It also fits log π's rise by
 D/2 · Δℓ, the slope behind the floor of D2. Results: results/monotonicity/<name>_seed<seed>.csv, and a picture.
 """
 
@@ -33,8 +33,8 @@ from fpo_actor import FlowActor, draw_flow_noise
 from run_files import load_checkpoint, make_out_folder, parse_args, stop, write_atomically
 
 RUNS = dict(defaults=[], no_proximal=["--proximal", "0"], literal=["--literal"])
-MANY_DRAWS = 256
-LATENTS = 320  # of an iteration of train_aloha.py: 32 environments, 10 decisions each
+FEW_DRAWS, MANY_DRAWS = 2, 256
+LATENTS = 160  # of an iteration of train_aloha.py: 32 environments, 5 decisions each
 COLUMNS = "env_steps spearman spearman_many_draws slope delta_std log_ratio_std cfm_loss".split()
 
 
@@ -49,7 +49,7 @@ class Args:
     every: int = 1
     """look at every so many iterations"""
     samples: int = 128
-    """latents an iteration, of the 320 that it has"""
+    """latents an iteration, of the 160 that it has"""
     ode_steps: int = 32
     """Runge-Kutta steps of the flow; 32 give log π to 1e-3, 16 to 0.04"""
     out: Path = ROOT / "results" / "monotonicity"
@@ -113,17 +113,21 @@ def record(folder, command):
 @torch.no_grad()
 def compare_update(before, after, samples, ode_steps, generator):
     """Δℓ against the exact change of log π over one update. before, after: consecutive checkpoints. -> a row of the table."""
-    batch = {key: value.flatten(0, 1) for key, value in after["buffer"][-1].items()}
+    batch = {key: after["buffer"][-1][key].flatten(0, 1) for key in ("x", "s")}
     i = torch.randperm(len(batch["x"]), generator=generator)[:samples]
-    x, s, u, eps, cfm_init = (batch[key][i] for key in ("x", "s", "u", "eps", "cfm_init"))
+    x, s = batch["x"][i], batch["s"][i]
     D = x.shape[1]
     old, new = (FlowActor(s.shape[1], D) for _ in range(2))
     old.load_state_dict(before["actor"])
     new.load_state_dict(after["actor"])
-    cfm, _ = new.cfm_loss(x, s, u, eps)
-    delta = cfm_init - cfm  # Eq. 2
-    u, eps = draw_flow_noise(len(x), MANY_DRAWS, D, generator)
-    delta_many = old.cfm_loss(x, s, u, eps)[0] - new.cfm_loss(x, s, u, eps)[0]
+
+    def delta_of(draws):  # Eq. 2
+        u, eps = draw_flow_noise(len(x), draws, D, generator)
+        cfm = new.cfm_loss(x, s, u, eps)[0]
+        return old.cfm_loss(x, s, u, eps)[0] - cfm, cfm
+
+    delta, cfm = delta_of(FEW_DRAWS)
+    delta_many, _ = delta_of(MANY_DRAWS)
     log_ratio = log_density(new, x, s, ode_steps) - log_density(old, x, s, ode_steps)
     centred = delta_many - delta_many.mean()
     slope = (centred * (log_ratio - log_ratio.mean())).sum() / centred.square().sum()
@@ -144,7 +148,7 @@ def draw(tables, path, title):
         rows = [{key: float(value) for key, value in row.items()} for row in rows]
         steps = [row["env_steps"] / 1e6 for row in rows]
         label = name.replace("_", " ")
-        left.plot(steps, [row["spearman"] for row in rows], color=color, lw=1.2, label=f"{label}, the update's draws")
+        left.plot(steps, [row["spearman"] for row in rows], color=color, lw=1.2, label=f"{label}, {FEW_DRAWS} draws")
         left.plot(steps, [row["spearman_many_draws"] for row in rows], color=color, lw=1.2, ls=":", label=f"{label}, {MANY_DRAWS} draws")
         right.plot(steps, [row["cfm_loss"] for row in rows], color=color, lw=1.2, label=label)
     left.set(xlabel="environment steps (millions)", ylabel="Spearman's ρ of Δℓ and Δ log π", ylim=(-1.02, 1.02))

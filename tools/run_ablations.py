@@ -54,12 +54,9 @@ ROWS = {
     "short_complete": (3, SHORT),
     "short_literal": (3, f"{SHORT} --literal"),
     "short_gae": (3, f"{SHORT} --fresh-latents 0"),
-    "short_stored_values": (3, f"{SHORT} --fresh-latents 0 --value-latents stored"),
     "short_no_proximal": (3, f"{SHORT} --proximal 0"),
     "short_one_iteration": (3, f"{SHORT} --window 1"),
     "short_k4": (3, f"{SHORT} --explore-steps 4"),
-    "short_floor": (3, f"{SHORT} --sigma-floor 1e-8"),
-    "short_floor_no_clip": (3, f"{SHORT} --sigma-floor 1e-8 --clip-eps inf"),
     "short_shuffled": (3, f"{SHORT} --shuffle-advantages"),
     "short_cloning": (3, "tools/train_cloning.py --task aloha --total-env-steps 400000 --eval-every 100000 --eval-episodes 100"),
 }  # fmt: skip
