@@ -101,8 +101,8 @@ def check_args(args):
         value = getattr(args, field.name)
         if isinstance(value, float) and not math.isfinite(value) and field.name != "clip_eps":
             stop(f"--{field.name.replace('_', '-')} is {value}; give a finite number")
-    for name in ("total_env_steps", "rollout_decisions", "window", "critic_steps", "actor_states",
-                 "flow_steps", "num_critics", "eval_every", "eval_episodes"):  # fmt: skip
+    for name in ("total_env_steps", "rollout_decisions", "window", "critic_steps", "actor_states", "num_critics",
+                 "eval_every", "eval_episodes"):  # fmt: skip
         require(getattr(args, name) > 0, name, "it must be at least 1")
     require(args.seed < 2**63, "seed", "it must be below 2**63")
     if args.base == "embedded":
@@ -117,7 +117,6 @@ def check_args(args):
         require(getattr(args, name) > 0, name, "it must be positive")
     require(0 < args.clip_eps < 1 or args.clip_eps == math.inf, "clip_eps", "ε must lie strictly between 0 and 1; inf trains without the clip")
     require(args.fresh_latents != 1, "fresh_latents", "latents are compared with others at the same state; give 2 or more, or 0 for the executed ones")
-    require(0 < args.gamma <= 1, "gamma", "it must lie in (0, 1]")
     if args.device == "cuda" and not importlib.import_module("torch").cuda.is_available():
         if args.resume:
             stop(f"--resume is {args.resume}, a run of a GPU, whose random numbers a CPU cannot go on with; resume it where torch finds a CUDA device")

@@ -30,6 +30,8 @@ from run_files import (
 )  # fmt: skip
 
 TASK = "aloha"
+GAMMA = 0.999  # γ of Eq. 1, an environment step
+FLOW_STEPS = 4  # steps in which the actor's flow is integrated
 CRITIC_BATCH = 256  # transitions of one gradient step of the critics
 TAU = 0.05  # Polyak step of the target critics, not the τ of Eq. 7
 EXPLORE_ETA = 0.05  # η of Eq. 7
@@ -79,12 +81,8 @@ class Args:
     """κ, weight of |v_θ - v_θ_old|², which holds the actor near the one that made the samples; 0 is off, as in the paper (D4)"""
     explore_steps: int = 0
     """K of Eq. 7, latent exploration steps in training (D6)"""
-    flow_steps: int = 4
-    """steps in which the actor's flow is integrated"""
     num_critics: int = 5
     """M, members of the ensemble"""
-    gamma: float = 0.999
-    """γ of Eq. 1, an environment step"""
     shuffle_advantages: bool = False
     """permute the advantages: a control that must not learn (D14)"""
     literal: bool = False
@@ -185,7 +183,7 @@ if __name__ == "__main__":
     generator = torch.Generator(device).manual_seed(args.seed)  # every draw of training
     iteration = env_steps = 0
     # how actor and base act: a checkpoint is good for these alone
-    played = dict(flow_steps=args.flow_steps, chunk_steps=base.chunk_steps, latent=args.latent, openpi_aloha=args.openpi_aloha)
+    played = dict(flow_steps=FLOW_STEPS, chunk_steps=base.chunk_steps, latent=args.latent, openpi_aloha=args.openpi_aloha)
     recent, seconds, evaluations = deque(maxlen=100), 0.0, []
     column = lambda values: torch.as_tensor(values, dtype=torch.float32, device=device)
 
@@ -197,7 +195,7 @@ if __name__ == "__main__":
                  + ("put that base back" if args.resume else "name that base with --weights"))  # fmt: skip
         for name, value in played.items():  # older checkpoints lack some of them
             if saved.get(name, value) != value:
-                stop(f"{flag}: {path} was trained with --{name.replace('_', '-')} {saved[name]}, here it is {value}; give that flag here too")
+                stop(f"{flag}: {path} was trained with {name} = {saved[name]}, here it is {value}; give the same value here")
         actor.load_state_dict(saved["actor"])
         env_steps = saved["env_steps"]
 
@@ -235,7 +233,7 @@ if __name__ == "__main__":
             s, context = base.encode(observations)
             x = torch.randn(num_episodes, D, generator=noise, device=device)[mine]  # the base itself takes N(0, I)
             if policy in ("tuned", "zero noise"):  # untrained, the actor would give exactly its noise (D7)
-                x = actor.sample(s, args.flow_steps, noise=x * (policy == "tuned"))
+                x = actor.sample(s, FLOW_STEPS, noise=x * (policy == "tuned"))
             elif policy == "zero latents":
                 x = torch.zeros_like(x)
             explored = actor.explore(x, s, args.explore_steps, EXPLORE_ETA)  # to be recorded: x itself is executed
@@ -320,25 +318,25 @@ if __name__ == "__main__":
             rows = []
             for t in range(args.rollout_decisions):
                 noise = torch.randn(E, D, generator=generator, device=device)[own]  # (m, D), as x0 and x; m is E without torchrun
-                x0 = actor.sample(s_t, args.flow_steps, noise=noise)  # line 7: x^(0) ~ π_θ(· | s)
+                x0 = actor.sample(s_t, FLOW_STEPS, noise=noise)  # line 7: x^(0) ~ π_θ(· | s)
                 x = actor.explore(x0, s_t, args.explore_steps, EXPLORE_ETA)  # Eq. 7: x^(K), which is executed
                 w = base.to_noise(ranks.spread(x, own, E), generator)[own]  # the base's noise, (m, …)
                 a = base.decode(context, w)  # line 8, (m, chunk steps, A)
                 step = envs.step(a.cpu().numpy())  # line 9
                 # D8: reward 1 at the first success; a decision's reward is Σ_{j<h'} γ^j r_{t+j}, its bootstrap factor γ^h'
-                r = step["success"] * args.gamma ** (step["num_steps"] - 1.0)  # (m,)
+                r = step["success"] * GAMMA ** (step["num_steps"] - 1.0)  # (m,)
                 ended = step["terminated"] | step["truncated"]
                 # every observation is encoded once: s' is the next decision's s, but where an episode ended and another began
                 s_after, context = base.encode(envs.observations)  # line 6, for the next decision
                 s_next = s_after.clone()  # (m, S)
                 if ended.any():
                     s_next[np.flatnonzero(ended)] = base.encode(step["last_observation"][ended])[0]
-                rows.append(dict(s=s_t, x0=x0, x=x, s_next=s_next, r=column(r), discount=column(args.gamma ** step["num_steps"]),
+                rows.append(dict(s=s_t, x0=x0, x=x, s_next=s_next, r=column(r), discount=column(GAMMA ** step["num_steps"]),
                                  terminated=column(step["terminated"]), ended=column(ended)))  # fmt: skip
                 s_t = s_after
                 for i in np.flatnonzero(ended):
                     success, length = bool(step["success"][i]), int(step["episode_steps"][i])
-                    episode_return = success * args.gamma ** (length - 1.0)  # Eq. 1: Σ_t γ^t r_t, with one reward at the first success
+                    episode_return = success * GAMMA ** (length - 1.0)  # Eq. 1: Σ_t γ^t r_t, with one reward at the first success
                     ended_episodes.append((t, own.start + int(i), success, length, episode_return))
                 steps += int(step["num_steps"].sum())
                 bar.update(WORLD * int(step["num_steps"].sum()))
@@ -363,7 +361,7 @@ if __name__ == "__main__":
             # samples of all W iterations one after the other, (n, …)
             s, s_next, x, r, discount, terminated = (buffer.flat(key) for key in ("s", "s_next", "x", "r", "discount", "terminated"))
             n, losses_critic = len(r), []
-            x_next = actor.sample(s_next, args.flow_steps, generator)  # lines 17-18: x' ~ π_θ(· | s'), with θ as it is for all steps below
+            x_next = actor.sample(s_next, FLOW_STEPS, generator)  # lines 17-18: x' ~ π_θ(· | s'), with θ as it is for all steps below
             for _ in range(args.critic_steps):
                 i = torch.randint(n, (CRITIC_BATCH,), generator=generator, device=device)  # line 15
                 y = td_target(target, r[i], discount[i], terminated[i], s_next[i], x_next[i])  # line 19, Eq. 5
@@ -378,14 +376,14 @@ if __name__ == "__main__":
             if args.fresh_latents:  # D16: latents of the actor as it is, at states of the window, valued by the critics
                 i = torch.randint(n, (args.actor_states,), generator=generator, device=device)
                 s_a = s[i].repeat_interleave(args.fresh_latents, 0)
-                x_a = actor.sample(s_a, args.flow_steps, generator)
+                x_a = actor.sample(s_a, FLOW_STEPS, generator)
                 adv = latent_advantage(critic, s[i], x_a.view(len(i), -1, D)).flatten()
                 u, eps = draw_flow_noise(len(x_a), NUM_DRAWS, D, generator, device)
                 cfm_init, v_old = cached_loss(x_a, s_a, u, eps)  # line 10, for these
             else:  # the paper's: the executed latents, valued by GAE on whole trajectories
                 s_a, x_a, u, eps, cfm_init = s, x, buffer.flat("u"), buffer.flat("eps"), buffer.flat("cfm_init")
                 both = torch.cat([s, s_next]).repeat_interleave(VALUE_LATENTS, 0)
-                x_s, x_s_next = actor.sample(both, args.flow_steps, generator).view(2, n, VALUE_LATENTS, D)
+                x_s, x_s_next = actor.sample(both, FLOW_STEPS, generator).view(2, n, VALUE_LATENTS, D)
                 v = fresh_value(critic, s, x_s) if not args.literal else stored_value(critic, s, x)  # D5
                 v_next, adv = fresh_value(critic, s_next, x_s_next), []
                 for b, v_b, v_next_b in zip(buffer.iterations, v.split(T * E), v_next.split(T * E)):

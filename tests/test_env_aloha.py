@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from env_aloha import (
-    HORIZON, START_ACTION, Simulator, TrainingEnvs, Workers, evaluation_poses, observe, play_episodes, sample_box_poses, strict_success,
+    HORIZON, START_ACTION, Simulator, TrainingEnvs, Workers, evaluation_poses, play_episodes, sample_box_poses, strict_success,
 )  # fmt: skip
 from worker_pool import WorkerPool
 

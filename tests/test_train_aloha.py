@@ -176,9 +176,8 @@ def test_eval_only_prints_the_same_success_as_the_run(finished):
     (["--beta", "0"], ["--beta is 0", "positive"]),
     (["--minibatch-size", "1"], ["--minibatch-size is 1", "at least 2"]),
     (["--clip-eps", "1.5"], ["--clip-eps is 1.5", "inf"]),
-    (["--gamma", "1.01"], ["--gamma is 1.01", "(0, 1]"]),
     (["--actor-lr", "nan"], ["--actor-lr is nan", "finite"]),
-    (["--eval-only", "--checkpoint", "runs/whole/last.pt", "--flow-steps", "8"], ["trained with --flow-steps 4"]),
+    (["--eval-only", "--checkpoint", "eight.pt"], ["trained with flow_steps = 8, here it is 4"]),
     (["--literal", "--proximal", "0.5"], ["--proximal is 0.5", "--literal sets it to 0.0"]),
     (["--literal", "--fresh-latents", "8"], ["--fresh-latents is 8", "--literal sets it to 0"]),
     (["--fresh-latents", "1"], ["--fresh-latents is 1", "2 or more"]),
@@ -209,9 +208,10 @@ def test_bad_input_gets_one_sentence_and_touches_nothing(finished, flags, words)
     checkpoint = bytearray((cwd / "runs" / "whole" / "last.pt").read_bytes())
     checkpoint[len(checkpoint) // 2] ^= 1
     (cwd / "damaged.pt").write_bytes(checkpoint)
-    from run_files import save_checkpoint
+    from run_files import load_checkpoint, save_checkpoint
 
     save_checkpoint(cwd / "other.pt", dict(task="libero"))
+    save_checkpoint(cwd / "eight.pt", load_checkpoint(cwd / "runs" / "whole" / "last.pt", "", "aloha") | dict(flow_steps=8))
     before = {path: path.stat().st_mtime_ns for path in cwd.rglob("*")}
     result = train(cwd, *flags, small=False)
     assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr

@@ -414,7 +414,7 @@ def draw_strip(out, folder, columns=6):
         flags = json.loads((folder / "args.json").read_text())["args"]
         with open(folder / "eval.csv", newline="") as file:
             episodes = list(csv.DictReader(file))
-        flags["weights"], flags["latent_dim"], flags["flow_steps"], episodes[0]
+        flags["weights"], episodes[0]
     except (OSError, ValueError, KeyError, IndexError) as error:
         stop(f"--strip is {folder}, which is no run folder with an evaluation ({type(error).__name__}: {error}); give runs/<name>")
     aloha = "suite" not in flags
@@ -452,17 +452,18 @@ def draw_strip(out, folder, columns=6):
     half = min(checkpoints, key=lambda path: abs(int(path.stem[4:]) - last / 2))
     figure, panels = plt.subplots(3, columns, figsize=(2 * columns, 5.4))
     for row, (label, path) in enumerate((("base", None), ("half", half), ("tuned", checkpoints[-1]))):
-        actor = FlowActor(base.state_dim, flags["latent_dim"] or base.latent_dim)
+        actor, flow_steps = FlowActor(base.state_dim, base.latent_dim), 1  # untrained it returns the noise
         if path:
             saved = load_checkpoint(path, "--strip", task)
             actor.load_state_dict(saved["actor"])
+            flow_steps = saved["flow_steps"]
             label = f"{saved['env_steps'] / 1e6:.2f} M steps"
         for attempt in range(20):  # other noise than the evaluation's, where this episode was one of many: the base should fail here too
             noise = torch.Generator().manual_seed(attempt)
 
             def act(observations):
                 s, context = base.encode(observations)
-                return base.decode(context, base.to_noise(actor.sample(s, flags["flow_steps"], noise), noise)).numpy()
+                return base.decode(context, base.to_noise(actor.sample(s, flow_steps, noise), noise)).numpy()
 
             result = play(act)
             if path or not result["success"][0]:
