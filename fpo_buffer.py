@@ -18,7 +18,8 @@ class TrajectoryBuffer:
     """Whole iterations of rollout, newest last. Each is a dict of tensors (T, E, …): T decisions in E environments.
 
     train scripts store: s, s_next (T, E, S) states; x0, x (T, E, D) the sampled latent x^(0) and the executed x^(K);
-    r, discount, and 1 or 0 for terminated and ended (T, E); cfm_init (T, E) with its draws u (T, E, N) and eps (T, E, N, D).
+    r, discount, and 1 or 0 for terminated and ended (T, E). Where the actor learns from the executed latents also cfm_init
+    (T, E) with its draws u (T, E, N) and eps (T, E, N, D).
     Under torchrun E is a rank's own environments. Raises ValueError for a window below 1.
     """
 
