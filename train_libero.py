@@ -410,7 +410,7 @@ if __name__ == "__main__":
                 s_a, x_a, u, eps, cfm_init = s, x, buffer.flat("u"), buffer.flat("eps"), buffer.flat("cfm_init")
                 both = torch.cat([s, s_next]).repeat_interleave(VALUE_LATENTS, 0)
                 x_s, x_s_next = actor.sample(both, FLOW_STEPS, generator).view(2, n, VALUE_LATENTS, D)
-                v = fresh_value(critic, s, x_s) if not args.literal else stored_value(critic, s, x)  # D5
+                v = stored_value(critic, s, x) if args.literal else fresh_value(critic, s, x_s)  # D5
                 v_next, adv = fresh_value(critic, s_next, x_s_next), []
                 for b, v_b, v_next_b in zip(buffer.iterations, v.split(T * E), v_next.split(T * E)):
                     v_b, v_next_b = v_b.view(T, E), v_next_b.view(T, E)

@@ -98,7 +98,7 @@ def card_rates(device, repeat):
 
 
 def update_seconds(base, repeat, samples=320):
-    """One update phase as in train_libero.py: 12 critic epochs, 4 actor epochs, minibatches of 160."""
+    """One update phase of the sizes that docs/pi0.md was measured with: 12 critic epochs, 4 actor epochs, minibatches of 160."""
     S, D, device = base.state_dim, base.latent_dim, base.device
     actor, critic, target = FlowActor(S, D).to(device), QEnsemble(S, D, 5).to(device), QEnsemble(S, D, 5).to(device)
     actor_optimizer, critic_optimizer = torch.optim.Adam(actor.parameters()), torch.optim.Adam(critic.parameters())
