@@ -11,7 +11,7 @@ and the per-sample conditional flow-matching (CFM) loss ℓ_cfm(x | s; θ) behin
     cfm, v = actor.cfm_loss(x, s, u, eps)                      # (8,), and the velocities behind it (8, 16, 24)
 
 Flow time u runs from noise (0) to data (1): x_u = (1 - u) ε + u x, with target velocity x - ε.
-D1 … D16: README, "What the paper leaves open".
+D1 … D17: README, "What the paper leaves open".
 """
 
 import math

@@ -1,6 +1,6 @@
 """The policy loss of FPO: a PPO-style clipped surrogate whose ratio comes from the change of the CFM loss.
 
-Implements: Eq. 2 (Δℓ), Eq. 3 (likelihood-free ratio) and Eq. 4 (clipped surrogate). Needs torch only. D1 … D16: README,
+Implements: Eq. 2 (Δℓ), Eq. 3 (likelihood-free ratio) and Eq. 4 (clipped surrogate). Needs torch only. D1 … D17: README,
 "What the paper leaves open".
 
     import torch; from fpo_loss import fpo_loss

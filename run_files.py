@@ -80,10 +80,10 @@ def stop(message, code=2):
 
 
 def set_literal(args):
-    """Set the flags of --literal: D2, D4, D5 and D16 as the paper's words have them. Stop at one that was given another value, the default too."""
-    literal = dict(proximal=0.0, fresh_latents=0)
+    """Set the flags of --literal: D2, D4, D5, D16 and D17 as the paper's words have them. Stop at one that was given another value, the default too."""
+    literal = dict(proximal=0.0, fresh_latents=0, min_target=True)
     for name, value in literal.items():
-        flag = f"--{name.replace('_', '-')}"
+        flag = f"--{'no-' * (getattr(args, name) is False)}{name.replace('_', '-')}"
         given = any(word.split("=")[0].replace("_", "-") == flag for word in sys.argv[1:])
         if getattr(args, name) != value and (given or getattr(args, name) != getattr(type(args), name)):
             stop(f"{flag} is {getattr(args, name)}, but --literal sets it to {value}; leave one of the two flags out")
@@ -108,7 +108,6 @@ def check_args(args):
     if args.base == "embedded":
         for name in ("latent", "chunk_steps", "openpi_aloha"):
             require(getattr(args, name, None) == getattr(type(args), name, None), name, "that is for --base pi0; leave it out, or give that base")
-    require(args.minibatch_size >= 2, "minibatch_size", "Eq. 3 needs at least 2 samples")
     for name in ("num_envs", "num_workers", "chunk_steps"):
         require(getattr(args, name) is None or getattr(args, name) > 0, name, "it must be at least 1, or be left out")
     for name in ("seed", "critic_warmup", "explore_steps", "proximal", "fresh_latents"):

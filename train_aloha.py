@@ -1,5 +1,5 @@
 """Flow Policy Optimization (FPO) on ALOHA Transfer Cube: Algorithm 1 of arXiv 2510.09976, top to bottom.
-D1 … D16: README, "What the paper leaves open".
+D1 … D17: README, "What the paper leaves open".
 
     python train_aloha.py --seed 1                                         # train; 5 to 6 minutes on two cores
     python train_aloha.py --resume runs/<name>                             # go on after an interruption, bit for bit
@@ -38,6 +38,7 @@ EXPLORE_ETA = 0.05  # η of Eq. 7
 NUM_DRAWS = 2  # N, draws of (u, ε) behind every CFM loss (D3)
 GAE_LAMBDA = 0.95  # λ of GAE, a decision; for --fresh-latents 0
 VALUE_LATENTS = 4  # J of D5, the same
+MINIBATCH = 512  # samples of one gradient step of the actor; K_update of Algorithm 1 is as many as go once through all samples
 LATENT_EPISODES = 50  # the evaluation episodes whose latents go into latents.npz
 
 
@@ -65,8 +66,6 @@ class Args:
     """latents a state that the actor learns from, valued by the critics; 0: the executed ones, valued by GAE, as in the paper (D16)"""
     actor_states: int = 3200
     """states of the window whose fresh latents the actor learns from, an iteration"""
-    minibatch_size: int = 512
-    """samples of one gradient step of the actor; K_update of Algorithm 1 is as many steps as go once through the samples"""
     actor_lr: float = 3e-4
     """learning rate of θ (Adam)"""
     anneal_lr: bool = True
@@ -83,10 +82,12 @@ class Args:
     """K of Eq. 7, latent exploration steps in training (D6)"""
     num_critics: int = 5
     """M, members of the ensemble"""
+    min_target: bool = False
+    """Eq. 5 with the least of the target critics, as in the paper, instead of their mean, clamped to [0, 1] (D17)"""
     shuffle_advantages: bool = False
     """permute the advantages: a control that must not learn (D14)"""
     literal: bool = False
-    """D2, D4, D5 and D16 to the letter: σ floor 1e-8, no proximal term, stored value latents, executed latents valued by GAE"""
+    """D2, D4, D5, D16, D17 to the letter: σ floor 1e-8, no proximal term, stored value latents, executed latents and GAE, minimum of Eq. 5"""
     base: Literal["embedded", "pi0"] = "embedded"
     """the frozen base policy π_0: the small flow policy that ships in weights/, or π_0 itself through lerobot"""
     weights: str | None = None
@@ -364,7 +365,7 @@ if __name__ == "__main__":
             x_next = actor.sample(s_next, FLOW_STEPS, generator)  # lines 17-18: x' ~ π_θ(· | s'), with θ as it is for all steps below
             for _ in range(args.critic_steps):
                 i = torch.randint(n, (CRITIC_BATCH,), generator=generator, device=device)  # line 15
-                y = td_target(target, r[i], discount[i], terminated[i], s_next[i], x_next[i])  # line 19, Eq. 5
+                y = td_target(target, r[i], discount[i], terminated[i], s_next[i], x_next[i], args.min_target)  # line 19, Eq. 5
                 loss_critic = critic_loss(critic, s[i], x[i], y)  # line 20, Eq. 6
                 critic_optimizer.zero_grad()
                 loss_critic.backward()
@@ -402,7 +403,7 @@ if __name__ == "__main__":
             if args.anneal_lr:
                 actor_optimizer.param_groups[0]["lr"] = args.actor_lr * max(0.0, 1 - steps_before / args.total_env_steps)
             infos, order = [], torch.randperm(len(adv), generator=generator, device=device)
-            minibatches = order.tensor_split(max(1, len(order) // args.minibatch_size))  # the remainder is dealt out
+            minibatches = order.tensor_split(max(1, len(order) // MINIBATCH))  # the remainder is dealt out
             for i in minibatches if iteration > args.critic_warmup else ():  # D11: the critics alone at first
                 cfm, v = actor.cfm_loss(x_a[i], s_a[i], u[i], eps[i])  # line 23: ℓ_cfm(x | s; θ), (b,)
                 loss_actor, info = fpo_loss(cfm, cfm_init[i], adv[i], args.beta, args.clip_eps, sigma_floor)  # lines 23-25, 27: Eq. 2-4

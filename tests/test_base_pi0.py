@@ -190,7 +190,7 @@ def test_openpis_convention_there_and_back(folders):
 
 # ---- the train scripts, on real rendered environments ----
 
-SMALL = ("--num-envs 2 --num-workers 2 --rollout-decisions 2 --critic-warmup 1 --critic-steps 2 --actor-states 3 --fresh-latents 2 --minibatch-size 3 "
+SMALL = ("--num-envs 2 --num-workers 2 --rollout-decisions 2 --critic-warmup 1 --critic-steps 2 --actor-states 3 --fresh-latents 2 "
          "--num-critics 2 --eval-episodes 1 --device cpu --seed 3 --window 2 --no-anneal-lr").split()  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from run_files import load_checkpoint
 ROOT = Path(__file__).parents[1]
 # the first iteration warms the critics up, so that its actor cannot have drifted apart by rounding when the second one acts
 FLAGS = ("--num-envs 8 --num-workers 1 --rollout-decisions 8 --critic-warmup 1 --total-env-steps 4000 --eval-episodes 8 --eval-every 100000 "
-         "--critic-steps 20 --actor-states 40 --minibatch-size 64 --no-anneal-lr --device cpu").split()  # fmt: skip
+         "--critic-steps 20 --actor-states 200 --no-anneal-lr --device cpu").split()  # fmt: skip
 ALONE = [sys.executable, str(ROOT / "train_aloha.py")]
 TWO = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1", str(ROOT / "train_aloha.py")]
 

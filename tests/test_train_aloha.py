@@ -17,7 +17,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-SMALL = ("--num-envs 2 --num-workers 1 --rollout-decisions 5 --critic-warmup 1 --critic-steps 2 --actor-states 3 --fresh-latents 2 --minibatch-size 3 "
+SMALL = ("--num-envs 2 --num-workers 1 --rollout-decisions 5 --critic-warmup 1 --critic-steps 2 --actor-states 3 --fresh-latents 2 "
          "--num-critics 2 --eval-episodes 2 --device cpu --seed 1 --window 2").split()  # fmt: skip
 
 
@@ -72,7 +72,7 @@ def test_writes_what_it_promises(finished):
         assert word in result.stdout, word
     record = json.loads((folder / "args.json").read_text())
     assert record["args"]["seed"] == 1 and record["versions"]["torch"]
-    assert metrics[0]["losses/actor"] == "" and float(metrics[-1]["losses/move"]) > 0  # warm-up, then updates
+    assert metrics[0]["losses/actor"] == "" and float(metrics[-1]["losses/actor"]) != 0  # warm-up, then updates
     assert float(metrics[-1]["latent/explore_shift"]) > 0
     episodes = rows(folder / "eval.csv")
     assert [(row["policy"], row["env_steps"]) for row in episodes] == [
@@ -174,7 +174,7 @@ def test_eval_only_prints_the_same_success_as_the_run(finished):
     (["--num-envs", "0"], ["--num-envs is 0", "at least 1"]),
     (["--total-env-steps", "-5"], ["--total-env-steps is -5"]),
     (["--beta", "0"], ["--beta is 0", "positive"]),
-    (["--minibatch-size", "1"], ["--minibatch-size is 1", "at least 2"]),
+    (["--literal", "--no-min-target"], ["--no-min-target is False", "--literal sets it to True"]),
     (["--clip-eps", "1.5"], ["--clip-eps is 1.5", "inf"]),
     (["--actor-lr", "nan"], ["--actor-lr is nan", "finite"]),
     (["--eval-only", "--checkpoint", "eight.pt"], ["trained with flow_steps = 8, here it is 4"]),

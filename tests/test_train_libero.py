@@ -13,7 +13,7 @@ import torch
 from base_flow import FlowBase
 
 ROOT = Path(__file__).parents[1]
-SMALL = ("--num-envs 2 --num-workers 1 --rollout-decisions 2 --critic-warmup 1 --critic-steps 2 --actor-states 3 --fresh-latents 2 --minibatch-size 3 "
+SMALL = ("--num-envs 2 --num-workers 1 --rollout-decisions 2 --critic-warmup 1 --critic-steps 2 --actor-states 3 --fresh-latents 2 "
          "--num-critics 2 --eval-episodes 2 --device cpu --seed 3 --window 2").split()  # fmt: skip
 
 

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from ranks import CPUS
 from run_files import parse_args, stop, write_atomically
 
-SMALL = ("--num-envs 4 --num-workers 2 --rollout-decisions 4 --critic-warmup 1 --critic-steps 12 --actor-states 8 --fresh-latents 2 --minibatch-size 8 "
+SMALL = ("--num-envs 4 --num-workers 2 --rollout-decisions 4 --critic-warmup 1 --critic-steps 12 --actor-states 8 --fresh-latents 2 "
          "--num-critics 2 --eval-episodes 4 --eval-every 1280 --total-env-steps 3840 --device cpu --seed 3").split()  # fmt: skip
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
 TRAIN = str(ROOT / "train_aloha.py")
