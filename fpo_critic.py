@@ -1,6 +1,6 @@
 """The critics of FPO: an ensemble Q_φi(s, x), i = 1 … M, and what the algorithm derives from it.
 
-Implements: Eq. 5 (TD target with the minimum over the target critics, or their mean), Eq. 6 (squared TD error), the Polyak update,
+Implements: Eq. 5 (TD target with the minimum over the target critics, kept within the return's range), Eq. 6 (squared TD error), the Polyak update,
 the conservative value baseline V(s) and generalized advantage estimation (GAE). Needs torch only.
 
     import torch; from fpo_critic import QEnsemble, critic_loss, polyak_update, td_target
@@ -74,16 +74,15 @@ class QEnsemble(nn.Module):
 
 
 @torch.no_grad()
-def td_target(target, r, discount, terminated, s_next, x_next, least=True):
+def td_target(target, r, discount, terminated, s_next, x_next, within=None):
     """Eq. 5: y = r + γ^h' (1 - terminated) min_i Q_φ̄i(s', x'), x' ~ π_θ(· | s'). s_next: (B, S), x_next: (B, D), the others
     (B,) -> y: (B,).
 
-    least=False, D17: the mean of the ensemble, and y within [0, 1], where a return with one reward of at most 1 lies. The
-    least of five is lower by their disagreement at every decision, which adds up until Q is below any return.
+    within, D17: the least and the greatest return that there can be; y is kept between them. The least of M critics is lower
+    by their disagreement, at every decision, and that adds up until Q is below any return.
     """
-    q = target(s_next, x_next)  # (M, B)
-    y = r + discount * (1 - terminated) * (q.min(0).values if least else q.mean(0))
-    return y if least else y.clamp(0, 1)
+    y = r + discount * (1 - terminated) * target(s_next, x_next).min(0).values
+    return y if within is None else y.clamp(*within)
 
 
 def critic_loss(critic, s, x, y):
@@ -115,7 +114,7 @@ def fresh_value(critic, s, x_fresh):
 
 
 @torch.no_grad()
-def latent_advantage(critic, s, x_fresh, floor=0.05):
+def latent_advantage(critic, s, x_fresh, floor=0.1):
     """Advantages of J latents of one state among themselves: Q(s, x̃_j) - mean_j Q(s, x̃_j) over their standard deviation,
     with Q the mean of the ensemble. s: (B, S), x_fresh: (B, J, D) -> (B, J).
 

@@ -81,9 +81,9 @@ def stop(message, code=2):
 
 def set_literal(args):
     """Set the flags of --literal: D2, D4, D5, D16 and D17 as the paper's words have them. Stop at one that was given another value, the default too."""
-    literal = dict(proximal=0.0, fresh_latents=0, min_target=True)
+    literal = dict(proximal=0.0, fresh_latents=0, clamp_target=False)
     for name, value in literal.items():
-        flag = f"--{'no-' * (getattr(args, name) is False)}{name.replace('_', '-')}"
+        flag = f"--{'no-' * (value is True)}{name.replace('_', '-')}"
         given = any(word.split("=")[0].replace("_", "-") == flag for word in sys.argv[1:])
         if getattr(args, name) != value and (given or getattr(args, name) != getattr(type(args), name)):
             stop(f"{flag} is {getattr(args, name)}, but --literal sets it to {value}; leave one of the two flags out")

@@ -87,12 +87,12 @@ class Args:
     """K of Eq. 7, latent exploration steps in training (D6)"""
     num_critics: int = 5
     """M, members of the ensemble"""
-    min_target: bool = False
-    """Eq. 5 with the least of the target critics, as in the paper, instead of their mean, clamped to [0, 1] (D17)"""
+    clamp_target: bool = True
+    """keep the target of Eq. 5 within [0, 1], where the return lies (D17)"""
     shuffle_advantages: bool = False
     """permute the advantages: a control that must not learn (D14)"""
     literal: bool = False
-    """D2, D4, D5, D16, D17 to the letter: σ floor 1e-8, no proximal term, stored value latents, executed latents and GAE, minimum of Eq. 5"""
+    """D2, D4, D5, D16, D17 to the letter: σ floor 1e-8, no proximal term, stored value latents, executed latents and GAE, no clamp in Eq. 5"""
     base: Literal["embedded", "pi0"] = "embedded"
     """the frozen base policy π_0: the small flow policy that ships in weights/, or π_0 itself through lerobot"""
     weights: str | None = None
@@ -389,9 +389,10 @@ if __name__ == "__main__":
             s, s_next, x, r, discount, terminated = (buffer.flat(key) for key in ("s", "s_next", "x", "r", "discount", "terminated"))
             n, losses_critic = len(r), []
             x_next = actor.sample(s_next, FLOW_STEPS, generator)  # lines 17-18: x' ~ π_θ(· | s'), with θ as it is for all steps below
+            within = (0, 1) if args.clamp_target else None  # of the return, with one reward of at most 1
             for _ in range(args.critic_steps):
                 i = torch.randint(n, (CRITIC_BATCH,), generator=generator, device=device)  # line 15
-                y = td_target(target, r[i], discount[i], terminated[i], s_next[i], x_next[i], args.min_target)  # line 19, Eq. 5
+                y = td_target(target, r[i], discount[i], terminated[i], s_next[i], x_next[i], within)  # line 19, Eq. 5
                 loss_critic = critic_loss(critic, s[i], x[i], y)  # line 20, Eq. 6
                 critic_optimizer.zero_grad()
                 loss_critic.backward()

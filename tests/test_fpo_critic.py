@@ -54,14 +54,15 @@ def test_td_target_by_hand():
     torch.testing.assert_close(y, torch.tensor([0.5 + 0.9 * 1.0, 0.5]))
 
 
-def test_mean_td_target_by_hand():
-    """D17 with constant critics Q = 0.1, 0.5, 0.3: the mean is 0.3; what lies above 1 or below 0 is no return of one reward."""
+def test_td_target_stays_within_the_range_of_the_return():
+    """D17 with constant critics Q = 3, 0.3, 2 and then their negatives: what lies above 1 or below 0 is no return of one reward."""
     q = QEnsemble(4, 2, 3)
-    q.layers[-1].bias.data[:, 0, 0] = torch.tensor([0.1, 0.5, 0.3])
-    y = td_target(q, torch.tensor([0.5, 0.5, 0.9]), torch.full((3,), 0.9), torch.tensor([0.0, 1.0, 0.0]), torch.randn(3, 4), torch.randn(3, 2), least=False)
+    q.layers[-1].bias.data[:, 0, 0] = torch.tensor([3.0, 0.3, 2.0])
+    s, x, discount, terminated = torch.randn(3, 4), torch.randn(3, 2), torch.full((3,), 0.9), torch.tensor([0.0, 1.0, 0.0])
+    y = td_target(q, torch.tensor([0.5, 0.5, 0.9]), discount, terminated, s, x, within=(0, 1))
     torch.testing.assert_close(y, torch.tensor([0.5 + 0.9 * 0.3, 0.5, 1.0]))
     q.layers[-1].bias.data.neg_()
-    assert td_target(q, torch.zeros(1), torch.ones(1), torch.zeros(1), torch.randn(1, 4), torch.randn(1, 2), least=False) == 0
+    torch.testing.assert_close(td_target(q, torch.zeros(3), discount, terminated, s, x, within=(0, 1)), torch.zeros(3))
 
 
 def test_critic_loss_is_the_squared_td_error_of_every_member():

@@ -174,7 +174,7 @@ def test_eval_only_prints_the_same_success_as_the_run(finished):
     (["--num-envs", "0"], ["--num-envs is 0", "at least 1"]),
     (["--total-env-steps", "-5"], ["--total-env-steps is -5"]),
     (["--beta", "0"], ["--beta is 0", "positive"]),
-    (["--literal", "--no-min-target"], ["--no-min-target is False", "--literal sets it to True"]),
+    (["--literal", "--clamp-target"], ["--clamp-target is True", "--literal sets it to False"]),
     (["--clip-eps", "1.5"], ["--clip-eps is 1.5", "inf"]),
     (["--actor-lr", "nan"], ["--actor-lr is nan", "finite"]),
     (["--eval-only", "--checkpoint", "eight.pt"], ["trained with flow_steps = 8, here it is 4"]),

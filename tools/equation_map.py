@@ -20,7 +20,7 @@ ENTRIES = [  # what the paper calls it, file, code
     ("Eq. 2, Δℓ", "fpo_loss.py", "delta = cfm_init - cfm"),
     ("Eq. 3, ratio ρ", "fpo_loss.py", "return torch.exp(beta * (delta - mu) / sigma)"),
     ("Eq. 4, clipped surrogate", "fpo_loss.py", "surrogate = torch.min("),
-    ("Eq. 5, TD target", "fpo_critic.py", "y = r + discount * (1 - terminated) * ("),
+    ("Eq. 5, TD target", "fpo_critic.py", "y = r + discount * (1 - terminated) * target("),
     ("Eq. 6, critic loss", "fpo_critic.py", "(critic(s, x) - y).square()"),
     ("Eq. 7, latent exploration", "fpo_actor.py", "x = x + explore_eta * self.velocity("),
     ("ℓ_cfm", "fpo_actor.py", "(v - (x - eps)).square()"),
