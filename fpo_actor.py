@@ -1,17 +1,17 @@
 """The flow actor of FPO: a small flow-matching policy π_θ(x | s) over latent chunks x.
 
-Implements: the velocity field v_θ(x, u | s), sampling (Algorithm 1, line 7), Eq. 7 (multi-step latent exploration)
-and the per-sample conditional flow-matching (CFM) loss ℓ_cfm(x | s; θ) behind Eq. 2. Needs torch only.
+Implements: the velocity field v_θ(x, u | s), sampling (Algorithm 1, line 7), Eq. 7 (multi-step latent
+exploration) and the per-sample conditional flow-matching (CFM) loss ℓ_cfm(x | s; θ) behind Eq. 2. Needs torch
+only.
 
     import torch; from fpo_actor import FlowActor, draw_flow_noise
     actor = FlowActor(state_dim=21, latent_dim=24)
     s = torch.randn(8, 21)
     x = actor.sample(s, flow_steps=8)                          # (8, 24), N(0, I) before any training
     u, eps = draw_flow_noise(8, 16, 24)                        # draw once, keep with the sample
-    cfm, v = actor.cfm_loss(x, s, u, eps)                      # (8,), and the velocities behind it (8, 16, 24)
+    cfm, v = actor.cfm_loss(x, s, u, eps)                      # (8,), and the velocities, (8, 16, 24)
 
 Flow time u runs from noise (0) to data (1): x_u = (1 - u) ε + u x, with target velocity x - ε.
-D1 … D17: README, "What the paper leaves open".
 """
 
 import math
@@ -21,10 +21,10 @@ from torch import nn
 
 
 def draw_flow_noise(batch, num_draws, latent_dim, generator=None, device=None):
-    """Random draws for the CFM loss: u (batch, N) in [0, 1], one in each of N equal strata, and ε (batch, N, D).
+    """Draws for the CFM loss: u (batch, N) in [0, 1], one in each of N equal strata, and ε (batch, N, D).
 
-    D3: ℓ_cfm is an expectation over u and ε. Eq. 2 subtracts two losses of the *same* sample, so both must use the
-    same draws, or their noise drowns the difference. Draw them at rollout, store them, reuse them in every epoch.
+    ℓ_cfm is an expectation over u and ε. Eq. 2 subtracts two losses of the *same* sample, so both must use
+    the same draws, or their noise drowns the difference: draw once per sample, use for θ_old and for θ.
     """
     offset = torch.rand(batch, num_draws, generator=generator, device=device)
     u = (torch.arange(num_draws, device=device) + offset) / num_draws
@@ -33,7 +33,7 @@ def draw_flow_noise(batch, num_draws, latent_dim, generator=None, device=None):
 
 
 def gaussian_velocity(u):
-    """Factor c(u) of the flow-matching optimum v*(x, u) = c(u) x for data x ~ N(0, I) (D7).
+    """Factor c(u) of the flow-matching optimum v*(x, u) = c(u) x for data x ~ N(0, I).
 
     c(u) = (2u - 1) / ((1 - u)² + u²); its CFM loss is π/2 a dimension, the least that any field can have.
     """
@@ -41,10 +41,10 @@ def gaussian_velocity(u):
 
 
 class FlowActor(nn.Module):
-    """Velocity field v_θ(x, u | s) = c(u) x + net(x, u, s), net zero at the start (D7).
+    """Velocity field v_θ(x, u | s) = c(u) x + net(x, u, s), net zero at the start.
 
-    So the untrained actor samples exactly N(0, I), which leaves the frozen base at its prior performance, and its
-    CFM loss is already optimal for that. Shapes: x (B, D), u (B,), s (B, S).
+    So the untrained actor samples exactly N(0, I), which leaves the frozen base at its prior performance, and
+    its CFM loss is already optimal for that. Shapes: x (B, D), u (B,), s (B, S).
     """
 
     def __init__(self, state_dim, latent_dim, hidden=256, blocks=2):
@@ -54,7 +54,9 @@ class FlowActor(nn.Module):
         self.register_buffer("frequencies", math.pi * 2.0 ** torch.arange(6), persistent=False)
         self.inp = nn.Linear(latent_dim + state_dim + 2 * len(self.frequencies), hidden)
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
+            nn.Sequential(
+                nn.LayerNorm(hidden), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, hidden)
+            )
             for _ in range(blocks)
         )
         self.out = nn.Linear(hidden, latent_dim)
@@ -79,11 +81,12 @@ class FlowActor(nn.Module):
 
         noise: (B, D) from N(0, I), drawn here if left out.
 
-        D7: the linear part c(u) x is integrated in closed form, x ← g(u') / g(u) x with g(u) = √((1-u)² + u²), the
-        net by Euler steps. With net = 0 the product telescopes to g(1) / g(0) = 1: exactly the noise we started from.
+        The linear part c(u) x is integrated in closed form, x ← g(u') / g(u) x with g(u) = √((1-u)² + u²),
+        the net by Euler steps. With net = 0 the product telescopes to g(1) / g(0) = 1: exactly the noise.
         """
-        x = torch.randn(len(s), self.latent_dim, generator=generator, device=s.device) if noise is None else noise
-        h = 1 / flow_steps
+        x, h = noise, 1 / flow_steps
+        if x is None:
+            x = torch.randn(len(s), self.latent_dim, generator=generator, device=s.device)
         for k in range(flow_steps):
             u, u_next = k * h, (k + 1) * h
             scale = math.hypot(1 - u_next, u_next) / math.hypot(1 - u, u)
@@ -92,20 +95,21 @@ class FlowActor(nn.Module):
 
     @torch.no_grad()
     def explore(self, x, s, explore_steps, explore_eta):
-        """Eq. 7: x^(k+1) = x^(k) + η v_θ(x^(k), τ^(k) | s) for k < K, on τ^(k) = (k + 1)/K. x: (B, D), s: (B, S) -> x^(K): (B, D).
+        """Eq. 7: x^(k+1) = x^(k) + η v_θ(x^(k), τ^(k) | s) for k < K. x: (B, D), s: (B, S) -> x^(K): (B, D).
 
-        D6: x^(0) is a finished sample, so this transports it along the actor's own field; nothing random is added.
-        The paper leaves the grid open.
+        x^(0) is a finished sample, so this transports it along the actor's own field; nothing random is
+        added. The paper leaves the grid open; here the flow time τ^(k) is (k + 1)/K.
         """
         for k in range(explore_steps):
-            x = x + explore_eta * self.velocity(x, torch.full((len(x),), (k + 1) / explore_steps, device=x.device), s)
+            tau = torch.full((len(x),), (k + 1) / explore_steps, device=x.device)
+            x = x + explore_eta * self.velocity(x, tau, s)
         return x
 
     def cfm_loss(self, x, s, u, eps):
-        """ℓ_cfm(x | s; θ) of Eq. 2 from given draws: mean over N draws and D dimensions of |v_θ(x_u, u | s) - (x - ε)|².
+        """ℓ_cfm(x | s; θ) of Eq. 2 from given draws: the mean over N and D of |v_θ(x_u, u | s) - (x - ε)|².
 
-        x: (B, D), s: (B, S), u: (B, N), eps: (B, N, D) -> ℓ (B,) and the velocities v_θ (B, N, D) behind it, both
-        differentiable in θ.
+        x: (B, D), s: (B, S), u: (B, N), eps: (B, N, D) -> ℓ (B,) and the velocities v_θ (B, N, D) behind it,
+        both differentiable in θ.
         """
         B, N, D = eps.shape
         x = x[:, None].expand(B, N, D)

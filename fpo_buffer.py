@@ -1,13 +1,13 @@
 """The sliding-window trajectory buffer of FPO (Algorithm 1, lines 10-11; Sec. III-B d).
 
-Keeps the last W iterations whole, because GAE needs trajectories and Eq. 2 needs, with every latent, the CFM loss it
-had under the actor that collected it, and the random draws of that loss (D3, D10: README, "What the paper leaves open").
-Needs torch only.
+Keeps the last W iterations whole: the critics learn from all of them, GAE needs trajectories, and where the
+actor learns from executed latents Eq. 2 needs, with every latent, the CFM loss it had under the actor that
+collected it, and the random draws of that loss. Needs torch only.
 
     import torch; from fpo_buffer import TrajectoryBuffer
-    buffer = TrajectoryBuffer(window=2)
+    buffer = TrajectoryBuffer(window=2)              # of iterations, dicts of (T, E, …)
     for iteration in range(3):
-        buffer.push(dict(s=torch.randn(10, 4, 21), x=torch.randn(10, 4, 24), r=torch.zeros(10, 4)))  # (T, E, …)
+        buffer.push(dict(s=torch.randn(10, 4, 21), x=torch.randn(10, 4, 24), r=torch.zeros(10, 4)))
     print(len(buffer), buffer.flat("s").shape)       # 2, (80, 21)
 """
 
@@ -15,12 +15,12 @@ import torch
 
 
 class TrajectoryBuffer:
-    """Whole iterations of rollout, newest last. Each is a dict of tensors (T, E, …): T decisions in E environments.
+    """Whole iterations of rollout, newest last. Each is a dict of tensors (T, E, …): T decisions in E
+    environments.
 
-    train scripts store: s, s_next (T, E, S) states; x0, x (T, E, D) the sampled latent x^(0) and the executed x^(K);
-    r, discount, and 1 or 0 for terminated and ended (T, E). Where the actor learns from the executed latents also cfm_init
-    (T, E) with its draws u (T, E, N) and eps (T, E, N, D).
-    Under torchrun E is a rank's own environments. Raises ValueError for a window below 1.
+    train scripts store: s, s_next (T, E, S) states; x (T, E, D) executed latents; r, discount, and 1 or 0 for
+    terminated and ended (T, E). Where the actor learns from the executed latents also cfm_init (T, E) with
+    its draws u (T, E, N) and eps (T, E, N, D). Raises ValueError for a window below 1.
     """
 
     def __init__(self, window):
@@ -30,7 +30,8 @@ class TrajectoryBuffer:
         self.iterations = []
 
     def push(self, iteration):
-        """Append one iteration and evict those older than the window. Raises ValueError if leading shapes differ."""
+        """Append one iteration and evict those older than the window. Raises ValueError if leading shapes
+        differ."""
         shapes = {tuple(tensor.shape[:2]) for tensor in iteration.values()}
         if len(shapes) != 1:
             raise ValueError(f"all tensors of an iteration must share (T, E); got {sorted(shapes)}")
@@ -39,6 +40,15 @@ class TrajectoryBuffer:
     def flat(self, name):
         """All samples of one field, oldest iteration first. -> (n, …)."""
         return torch.cat([iteration[name].flatten(0, 1) for iteration in self.iterations])
+
+    def trajectories(self, values):
+        """One value a sample, in the order of `flat`, as trajectories side by side. (n,) -> (T, W E)."""
+        T, E = next(iter(self.iterations[0].values())).shape[:2]
+        return values.view(-1, T, E).transpose(0, 1).flatten(1)
+
+    def samples(self, values):
+        """The way back. (T, W E) -> (n,), in the order of `flat`."""
+        return values.unflatten(1, (len(self), -1)).transpose(0, 1).flatten()
 
     def __len__(self):
         return len(self.iterations)

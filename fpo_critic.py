@@ -1,20 +1,21 @@
 """The critics of FPO: an ensemble Q_φi(s, x), i = 1 … M, and what the algorithm derives from it.
 
-Implements: Eq. 5 (TD target with the minimum over the target critics, kept within the return's range), Eq. 6 (squared TD error), the Polyak update,
-the conservative value baseline V(s) and generalized advantage estimation (GAE). Needs torch only.
+Implements: Eq. 5 (TD target with the minimum over the target critics, kept within the return's range), Eq. 6
+(squared TD error), the Polyak update, advantages of fresh latents among themselves, the conservative value
+baseline V(s) and generalized advantage estimation (GAE). Needs torch only.
 
     import torch; from fpo_critic import QEnsemble, critic_loss, polyak_update, td_target
     critic, target = QEnsemble(21, 24, num_critics=5), QEnsemble(21, 24, num_critics=5)
     target.load_state_dict(critic.state_dict())
     s, x = torch.randn(8, 21), torch.randn(8, 24)
-    y = td_target(target, r=torch.ones(8), discount=torch.full((8,), 0.96), terminated=torch.zeros(8), s_next=s, x_next=x)
+    r, discount, terminated = torch.ones(8), torch.full((8,), 0.96), torch.zeros(8)
+    y = td_target(target, r, discount, terminated, s_next=s, x_next=x)
     critic_loss(critic, s, x, y).backward()
     polyak_update(target, critic, tau=0.05)
 
-One transition is one decision: a latent chunk that ran h' environment steps. Its reward is Σ_{j<h'} γ^j r_{t+j}, its
-bootstrap factor `discount` = γ^h' (D8). A success terminates, and so do physics that
-diverged, with reward 0; a time limit only truncates (D9). `terminated` and `ended` are floats, 1 or 0.
-D1 … D17: README, "What the paper leaves open".
+One transition is one decision: a latent chunk that ran h' environment steps. Its reward is Σ_{j<h'} γ^j
+r_{t+j}, its bootstrap factor `discount` = γ^h'. A success terminates, and so do physics that diverged,
+with reward 0; a time limit only truncates. `terminated` and `ended` are floats, 1 or 0.
 """
 
 import torch
@@ -50,7 +51,7 @@ class EnsembleLayerNorm(nn.Module):
 class QEnsemble(nn.Module):
     """Q_φi(s, x) for i = 1 … M in one batched computation. s: (B, S), x: (B, D) -> (M, B).
 
-    LayerNorm keeps TD learning stable at high learning rates; a zero output layer starts every Q at 0 (D11).
+    LayerNorm keeps TD learning stable at high learning rates; a zero output layer starts every Q at 0.
     """
 
     def __init__(self, state_dim, latent_dim, num_critics, hidden=256):
@@ -70,24 +71,27 @@ class QEnsemble(nn.Module):
 
     def forward(self, s, x):
         h = torch.cat([s, x], -1)  # (B, S + D)
-        return self.layers(h.expand(self.num_critics, *h.shape)).squeeze(-1)  # (M, B, S + D) -> (M, B, 1) -> (M, B)
+        h = h.expand(self.num_critics, *h.shape)  # (M, B, S + D)
+        return self.layers(h).squeeze(-1)  # (M, B, 1) -> (M, B)
 
 
 @torch.no_grad()
 def td_target(target, r, discount, terminated, s_next, x_next, within=None):
-    """Eq. 5: y = r + γ^h' (1 - terminated) min_i Q_φ̄i(s', x'), x' ~ π_θ(· | s'). s_next: (B, S), x_next: (B, D), the others
-    (B,) -> y: (B,).
+    """Eq. 5: y = r + γ^h' (1 - terminated) min_i Q_φ̄i(s', x') with x' ~ π_θ(· | s').
 
-    within, D17: the least and the greatest return that there can be; y is kept between them. The least of M critics is lower
-    by their disagreement, at every decision, and that adds up until Q is below any return.
+    s_next: (B, S), x_next: (B, D), the others (B,) -> y: (B,). `within`: the least and the greatest return
+    that there can be; y is kept between them. The least of M critics is lower by their disagreement, at every
+    decision, and that adds up until Q is below any return.
     """
     y = r + discount * (1 - terminated) * target(s_next, x_next).min(0).values
     return y if within is None else y.clamp(*within)
 
 
 def critic_loss(critic, s, x, y):
-    """Eq. 6: (Q_φi(s, x) - y)², averaged over the batch and summed over the M members. s: (B, S), x: (B, D), y: (B,)
-    -> a scalar."""
+    """Eq. 6: (Q_φi(s, x) - y)², averaged over the batch and summed over the M members.
+
+    s: (B, S), x: (B, D), y: (B,) -> a scalar.
+    """
     return (critic(s, x) - y).square().mean(1).sum()
 
 
@@ -106,19 +110,21 @@ def q_of_latents(critic, s, x_fresh):
 
 @torch.no_grad()
 def fresh_value(critic, s, x_fresh):
-    """V(s) = mean_j min_i Q_φi(s, x̃_j) over J fresh latents x̃_j ~ π_θ(· | s). s: (B, S), x_fresh: (B, J, D) -> (B,).
+    """V(s) = mean_j min_i Q_φi(s, x̃_j) over J fresh latents x̃_j ~ π_θ(· | s).
 
-    D5: with the stored latent V(s) would equal Q(s, x), and at Q = Q^π no advantage would be left.
+    s: (B, S), x_fresh: (B, J, D) -> (B,). With the stored latent V(s) would equal Q(s, x), and at Q = Q^π no
+    advantage would be left.
     """
     return q_of_latents(critic, s, x_fresh).min(0).values.mean(1)
 
 
 @torch.no_grad()
 def latent_advantage(critic, s, x_fresh, floor=0.1):
-    """Advantages of J latents of one state among themselves: Q(s, x̃_j) - mean_j Q(s, x̃_j) over their standard deviation,
-    with Q the mean of the ensemble. s: (B, S), x_fresh: (B, J, D) -> (B, J).
+    """Advantages of J latents of a state among themselves: (Q(s, x̃_j) - mean_j Q) / (std_j Q + floor).
 
-    floor is added to the standard deviation, in units of the return: where the critics see little difference there is little.
+    s: (B, S), x_fresh: (B, J, D) -> (B, J). Q is the mean of the ensemble: the least would reward latents for
+    the critics' agreement. floor, in units of the return: where the critics see little difference between the
+    latents the advantages are small.
     """
     q = q_of_latents(critic, s, x_fresh).mean(0)
     return (q - q.mean(1, keepdim=True)) / (q.std(1, correction=0, keepdim=True) + floor)
@@ -126,18 +132,22 @@ def latent_advantage(critic, s, x_fresh, floor=0.1):
 
 @torch.no_grad()
 def stored_value(critic, s, x):
-    """V(s) = min_i Q_φi(s, x) with the latent that was executed: the paper's "reuse stored latents" to the letter (D5).
-    s: (B, S), x: (B, D) -> (B,)."""
+    """V(s) = min_i Q_φi(s, x) of the executed latent: the paper's "reuse stored latents" to the letter.
+
+    s: (B, S), x: (B, D) -> (B,).
+    """
     return critic(s, x).min(0).values
 
 
 def gae(r, v, v_next, discount, terminated, ended, gae_lambda):
-    """Generalized advantage estimation over decisions (Algorithm 1, line 26). All, and Â, (T, E): T decisions, E environments.
+    """Generalized advantage estimation over decisions (Algorithm 1, line 26).
+
+    All, and Â, (T, E): T decisions, one after the other, in E columns.
 
         δ_t = r_t + γ^h' (1 - terminated_t) V(s_{t+1}) - V(s_t),   Â_t = δ_t + γ^h' λ (1 - ended_t) Â_{t+1}
 
-    v_next is the value of the state really reached, before any reset. terminated: no bootstrap. ended = terminated or
-    truncated: the sum stops, for the next row belongs to another episode (D9).
+    v_next is the value of the state really reached, before any reset. terminated: no bootstrap. ended =
+    terminated or truncated: the sum stops, for the next row belongs to another episode.
     """
     delta = r + discount * (1 - terminated) * v_next - v
     adv = torch.zeros_like(delta)

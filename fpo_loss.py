@@ -1,7 +1,6 @@
 """The policy loss of FPO: a PPO-style clipped surrogate whose ratio comes from the change of the CFM loss.
 
-Implements: Eq. 2 (Δℓ), Eq. 3 (likelihood-free ratio) and Eq. 4 (clipped surrogate). Needs torch only. D1 … D17: README,
-"What the paper leaves open".
+Implements: Eq. 2 (Δℓ), Eq. 3 (likelihood-free ratio) and Eq. 4 (clipped surrogate). Needs torch only.
 
     import torch; from fpo_loss import fpo_loss
     cfm_init = torch.rand(64)                                       # ℓ_cfm(x | s; θ_old), cached
@@ -9,10 +8,10 @@ Implements: Eq. 2 (Δℓ), Eq. 3 (likelihood-free ratio) and Eq. 4 (clipped surr
     loss, info = fpo_loss(cfm, cfm_init, adv=torch.randn(64), beta=0.2, clip_eps=0.2, sigma_floor=0.02)
     loss.backward()
 
-What the gradient is (D1): with m_i = 0 where the clip is active, else 1,
+What the gradient is: with m_i = 0 where the clip is active, else 1,
     ∇L = β / (σ n) Σ_i m_i ρ_i A_i ∇ℓ_cfm(x_i | s_i; θ),
-a signed, advantage-weighted flow-matching regression: latents that did better than expected are made more likely by
-fitting them, the others less likely by un-fitting them.
+a signed, advantage-weighted flow-matching regression: latents that did better than expected are made more
+likely by fitting them, the others less likely by un-fitting them.
 """
 
 import torch
@@ -21,9 +20,9 @@ import torch
 def ratio_from_cfm(delta, beta, sigma_floor):
     """Eq. 3: z = (Δ - μ) / σ, ρ = exp(β z). delta: (B,) -> ρ (B,) and σ, a number.
 
-    D1: read literally, "stop gradients through ρ" leaves no gradient at all. μ and σ are detached, ρ is not.
-    D2: at θ = θ_old Δ is 0, up to rounding, and z is 0/0, so σ is at least sigma_floor. With 2β/D the slope under the floor
-        is that of ρ = exp(½ Δ of the loss summed over the D dimensions).
+    Read literally, "stop gradients through ρ" leaves no gradient at all. μ and σ are detached, ρ is not.
+    At θ = θ_old, as in the first minibatch of an update, Δ is 0, up to rounding, and z is 0/0, so σ is at
+    least sigma_floor. With 2β/D the slope under the floor is that of ρ = exp(½ Δ), Δ summed over dimensions.
     """
     mu, sigma = delta.detach().mean(), delta.detach().std(correction=0).clamp_min(sigma_floor)
     return torch.exp(beta * (delta - mu) / sigma), sigma
@@ -32,13 +31,16 @@ def ratio_from_cfm(delta, beta, sigma_floor):
 def fpo_loss(cfm, cfm_init, adv, beta, clip_eps, sigma_floor):
     """Eq. 4 with Eq. 2 and Eq. 3. cfm, cfm_init, adv: (B,) -> the scalar loss and a dict of logs.
 
-    cfm: ℓ_cfm(x | s; θ), with gradient. cfm_init: the same draws under θ_old. adv: advantages, already standardised.
-    beta, sigma_floor: of Eq. 3, see ratio_from_cfm. clip_eps: ε of Eq. 4; math.inf leaves the clip out.
-    info["slope"] is β/σ, the factor that Eq. 3 puts before ∇ℓ: what is added to this loss in units of an advantage is
-    multiplied by it. Raises ValueError where cfm, cfm_init and adv differ in shape.
+    cfm: ℓ_cfm(x | s; θ), with gradient. cfm_init: the same draws under θ_old. adv: advantages, already
+    standardised. beta, sigma_floor: of Eq. 3, see ratio_from_cfm. clip_eps: ε of Eq. 4; math.inf leaves the
+    clip out. info["slope"] is β/σ, the factor that Eq. 3 puts before ∇ℓ: what is added to this loss in units
+    of an advantage is multiplied by it. Raises ValueError where cfm, cfm_init and adv differ in shape.
     """
     if not cfm.shape == cfm_init.shape == adv.shape:  # (B,) and (B, 1) would make (B, B) of Eq. 4
-        raise ValueError(f"cfm, cfm_init and adv must share one shape (B,); got {[tuple(t.shape) for t in (cfm, cfm_init, adv)]}")
+        raise ValueError(
+            "cfm, cfm_init and adv must share one shape (B,); got "
+            f"{[tuple(t.shape) for t in (cfm, cfm_init, adv)]}"
+        )
     delta = cfm_init - cfm  # Eq. 2: positive where the actor now fits the sample better
     rho, sigma = ratio_from_cfm(delta, beta, sigma_floor)  # Eq. 3
     surrogate = torch.min(rho * adv, rho.clamp(1 - clip_eps, 1 + clip_eps) * adv)  # Eq. 4
@@ -47,10 +49,8 @@ def fpo_loss(cfm, cfm_init, adv, beta, clip_eps, sigma_floor):
         info = dict(
             slope=beta / sigma,
             surrogate=-surrogate.mean(),
-            ratio_std=rho.std(correction=0),
             clip_fraction=outside.float().mean(),
-            floor_share=(sigma <= sigma_floor).float(),  # 1: Eq. 3 acts as an unstandardised ratio here (D2)
-            delta_mean=delta.mean(),
+            floor_share=(sigma <= sigma_floor).float(),  # 1: Δ is centred here, and divided by the floor
             cfm_loss=cfm.mean(),
         )
     return -surrogate.mean(), info

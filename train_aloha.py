@@ -1,13 +1,14 @@
 """Flow Policy Optimization (FPO) on ALOHA Transfer Cube: Algorithm 1 of arXiv 2510.09976, top to bottom.
-D1 … D17: README, "What the paper leaves open".
 
-    python train_aloha.py --seed 1                                         # train; 5 to 6 minutes on two cores
-    python train_aloha.py --resume runs/<name>                             # go on after an interruption, bit for bit
-    python train_aloha.py --eval-only --checkpoint runs/<name>/last.pt     # evaluate, with --video to look at it
-    torchrun --nproc-per-node 8 train_aloha.py --num-envs 256              # several processes or GPUs, one run
+    python train_aloha.py --seed 1                              # train; 5 to 6 minutes on two cores
+    python train_aloha.py --resume runs/<name>                  # go on after an interruption, bit for bit
+    python evaluate.py runs/<name>/last.pt --video              # look at what it learned
+    torchrun --nproc-per-node 8 train_aloha.py --num-envs 256   # several processes or GPUs, one run
 
-A frozen base policy turns noise into an action chunk. The actor π_θ, a small flow, learns which noise to send. Its
-parts stand in fpo_actor.py, fpo_critic.py, fpo_loss.py and fpo_buffer.py; here they are wired together.
+A frozen base policy turns a latent x, its noise, into an action chunk. The actor π_θ, a small flow, learns
+which x to send. A decision is one latent, one chunk, one stored transition. The parts stand in fpo_actor.py,
+fpo_critic.py, fpo_loss.py and fpo_buffer.py; here they are wired together. "line 7" is a line of Algorithm 1.
+Where we depart from the paper, and why: docs/decisions.md.
 """
 
 import os
@@ -15,465 +16,285 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers inherit it; the parent sets its own threads below
 
 import math
-import sys
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from tqdm import tqdm
+from base import Pi0Options
+from support.run_files import check_args, parse_args
 
-from run_files import (
-    RunLogs, check_args, clean_end, compare, evaluation_columns, load_checkpoint, new_run_folder, parse_args, print_gain, rate,
-    resumed_args, save_checkpoint, set_literal, stop, write_args, write_side_by_side,
-)  # fmt: skip
-
-TASK = "aloha"
-GAMMA = 0.999  # γ of Eq. 1, an environment step
+GAMMA = 0.999  # γ of Eq. 1, per control step
 FLOW_STEPS = 4  # steps in which the actor's flow is integrated
 CRITIC_BATCH = 256  # transitions of one gradient step of the critics
 TAU = 0.05  # Polyak step of the target critics, not the τ of Eq. 7
 EXPLORE_ETA = 0.05  # η of Eq. 7
-NUM_DRAWS = 2  # N, draws of (u, ε) behind every CFM loss (D3)
-GAE_LAMBDA = 0.95  # λ of GAE, a decision; for --fresh-latents 0
-VALUE_LATENTS = 4  # J of D5, the same
-MINIBATCH = 512  # samples of one gradient step of the actor; K_update of Algorithm 1 is as many as go once through all samples
-LATENT_EPISODES = 50  # the evaluation episodes whose latents go into latents.npz
+NUM_DRAWS = 2  # N, draws of (u, ε) behind every CFM loss
+MINIBATCH = 512  # samples of one gradient step of the actor, about
+GAE_LAMBDA = 0.95  # λ of GAE, per decision; for --fresh-latents 0
+VALUE_LATENTS = 4  # fresh latents per state behind V(s); for --fresh-latents 0
 
 
 @dataclass
 class Args:
-    seed: int = 1
-    """seed of the actor, the critics, every draw and the training episodes"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where the networks run; auto takes CUDA where there is one"""
-    total_env_steps: int = 400_000
-    """control steps of training, evaluation not counted"""
-    num_envs: int | None = None
-    """parallel environments, over all ranks; 32 a rank if left out, 8 with π_0 on a CPU or on a GPU of less than 20 GB"""
-    num_workers: int | None = None
-    """simulator processes of a rank, on which the results do not depend; one a core, 16 at most, if left out"""
-    rollout_decisions: int = 5
-    """T_rollout of Algorithm 1: latent chunks an environment and iteration"""
-    window: int = 80
-    """iterations that the trajectory buffer keeps (D10)"""
-    critic_warmup: int = 4
-    """first iterations that train the critics only (D11)"""
-    critic_steps: int = 160
-    """gradient steps of the critics an iteration (D11)"""
-    fresh_latents: int = 8
-    """latents a state that the actor learns from, valued by the critics; 0: the executed ones, valued by GAE, as in the paper (D16)"""
-    actor_states: int = 3200
-    """states of the window whose fresh latents the actor learns from, an iteration"""
-    actor_lr: float = 3e-4
-    """learning rate of θ (Adam)"""
-    anneal_lr: bool = True
-    """let the actor's learning rate fall linearly to 0 over the run"""
-    critic_lr: float = 3e-3
-    """learning rate of φ (Adam)"""
-    beta: float = 0.2
-    """β of Eq. 3, sharpness of the ratio"""
-    clip_eps: float = 0.5
-    """ε of Eq. 4; inf leaves the clip out (Table II)"""
-    proximal: float = 0.3
-    """κ, weight of |v_θ - v_θ_old|², which holds the actor near the one that made the samples; 0 is off, as in the paper (D4)"""
-    explore_steps: int = 0
-    """K of Eq. 7, latent exploration steps in training (D6)"""
-    num_critics: int = 5
-    """M, members of the ensemble"""
-    clamp_target: bool = True
-    """keep the target of Eq. 5 within [0, 1], where the return lies (D17)"""
-    shuffle_advantages: bool = False
-    """permute the advantages: a control that must not learn (D14)"""
-    literal: bool = False
-    """D2, D4, D5, D16, D17 to the letter: σ floor 1e-8, no proximal term, stored value latents, executed latents and GAE, no clamp in Eq. 5"""
-    base: Literal["embedded", "pi0"] = "embedded"
-    """the frozen base policy π_0: the small flow policy that ships in weights/, or π_0 itself through lerobot"""
-    weights: str | None = None
-    """the base: a file for embedded, weights/aloha.safetensors beside this script if left out; for pi0 a folder or a name on the hub"""
-    latent: Literal["dct", "full", "repeat"] = "dct"
-    """pi0: what the latents stand for in its noise: low modes along time, every number, or one row repeated as in DSRL (D12)"""
-    chunk_steps: int | None = None
-    """pi0: control steps that are executed of a chunk; the policy's own n_action_steps if left out"""
-    openpi_aloha: bool = False
-    """pi0: the policy comes from openpi, whose ALOHA has other signs of joints and another unit of the gripper"""
-    eval_every: int = 200_000
-    """control steps between evaluations"""
-    eval_episodes: int = 200
-    """episodes of the first and the last evaluation; those between play half of them"""
-    eval_only: bool = False
-    """evaluate and end; with --checkpoint the tuned actor too"""
-    checkpoint: str | None = None
-    """the checkpoint to evaluate, for --eval-only; with --base pi0 a name without .pt is that of the base, as --weights"""
-    video: bool = False
-    """write videos of base and tuned actor from the same initial states (needs EGL)"""
-    track: bool = False
-    """send the logged scalars to Weights & Biases too; with WANDB_MODE=offline they stay in the run folder"""
-    run_name: str | None = None
-    """folder below runs/; <task>__seed<seed>__<time> if left out"""
-    resume: str | None = None
-    """run folder to continue; flags come from there, but for --weights, --total-env-steps, --num-workers, --video and --track"""
+    seed: int = 1  # seed of the actor, the critics, every draw and the training episodes
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where the networks run; auto takes CUDA if there
+    total_env_steps: int = 400_000  # control steps of training, evaluation not counted
+    num_envs: int | None = None  # parallel environments, over all ranks; 32 a rank if left out
+    num_workers: int | None = None  # simulator processes of a rank; one a core if left out
+    rollout_decisions: int = 5  # T_rollout of Algorithm 1: decisions per environment and iteration
+    window: int = 80  # iterations that the trajectory buffer keeps
+    critic_warmup: int = 4  # first iterations that train the critics only
+    critic_steps: int = 160  # gradient steps of the critics per iteration
+    fresh_latents: int = 8  # latents per state the actor learns from, valued by critics; 0: executed, by GAE
+    actor_states: int = 3200  # states of the window, per iteration, whose fresh latents the actor learns from
+    actor_lr: float = 3e-4  # learning rate of θ (Adam)
+    anneal_lr: bool = True  # let the actor's learning rate fall linearly to 0 over the run
+    critic_lr: float = 3e-3  # learning rate of φ (Adam)
+    beta: float = 0.2  # β of Eq. 3, sharpness of the ratio
+    clip_eps: float = 0.5  # ε of Eq. 4; inf leaves the clip out (Table II)
+    proximal: float = 0.3  # κ, weight of |v_θ - v_θ_old|², which the paper lacks; 0 is off
+    explore_steps: int = 0  # K of Eq. 7, latent exploration steps in training
+    num_critics: int = 5  # M, members of the ensemble
+    clamp_target: bool = True  # keep the target of Eq. 5 within [0, 1], where the return lies
+    shuffle_advantages: bool = False  # permute the advantages: a control that must not learn
+    literal: bool = False  # --proximal 0 --no-clamp-target --fresh-latents 0, no σ floor, stored V
+    base: str = "weights/aloha.safetensors"  # frozen policy: a file, or a π_0's folder or hub name
+    pi0: Pi0Options = field(default_factory=Pi0Options)
+    eval_every: int = 200_000  # control steps between evaluations
+    eval_episodes: int = 200  # episodes of the first and the last evaluation; those between play half of them
+    track: bool = False  # send the scalars to Weights & Biases too; with WANDB_MODE=offline they stay here
+    run_name: str | None = None  # folder below runs/; <task>__seed<seed>__<time> if left out
+    resume: str | None = None  # run folder to go on with; flags come from there
 
 
 if __name__ == "__main__":
     args = parse_args(Args, __doc__)
-    if args.resume:
-        args = resumed_args(Args, args.resume)
-    elif int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) and args.run_name and (Path("runs") / args.run_name / "last.pt").exists():
-        args = resumed_args(Args, f"runs/{args.run_name}", argv=[])  # torchrun --max-restarts: a rank has died
-    if args.literal:
-        set_literal(args)
-    if args.base == "pi0" and args.checkpoint and not args.checkpoint.endswith(".pt"):
-        if args.weights:
-            stop(f"--checkpoint is {args.checkpoint}, which names a base (it does not end in .pt), and so does --weights {args.weights}; leave one out")
-        args.weights, args.checkpoint = args.checkpoint, None
-    check_args(args)
 
-    # imported after the flags, so that --help and bad input need not wait, and here, so that simulator processes do without torch
+    # after the flags, so that --help need not wait, and here, so that simulator processes do without torch
     import numpy as np
     import torch
 
-    import ranks
-    from base_flow import FlowBase
-    from env_aloha import FPS, HORIZON, TrainingEnvs, Workers, evaluation_poses, play_episodes
+    from base import load_base
+    from envs import cloned_tasks, load_suite
+    from envs.workers import TrainingEnvs, Workers
+    from evaluate import evaluate, latents_of, print_result
     from fpo_actor import FlowActor, draw_flow_noise
     from fpo_buffer import TrajectoryBuffer
-    from fpo_critic import QEnsemble, critic_loss, fresh_value, gae, latent_advantage, polyak_update, stored_value, td_target
+    from fpo_critic import QEnsemble, critic_loss, polyak_update, td_target
+    from fpo_critic import fresh_value, gae, latent_advantage, stored_value
     from fpo_loss import fpo_loss
-    from mujoco_state import opengl_problem
-    from ranks import RANK, WORLD
+    from support import ranks
+    from support.run_files import RunLogs, check_finite, clean_end, load_checkpoint, mean, progress_bar
+    from support.run_files import run_folder, save_checkpoint
 
-    args.num_workers = args.num_workers or min(ranks.CPUS, 16)
-    if (args.video or args.base == "pi0") and (problem := opengl_problem()):
-        stop(f"--video and --base pi0 need OpenGL: {problem}, or leave the flag out")
-    device = ranks.connect(torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"))
-    args.device = device.type  # for args.json: a resumed run stays there, for the other device cannot go on with its random numbers
-    torch.set_num_threads(1)  # more for the update only: waiting threads of torch spin, and would take the workers' cores
+    suite = load_suite("aloha", pictures=not args.base.endswith(".safetensors"))
+    check_args(args, suite)  # --literal sets its flags here
+    torch.set_num_threads(1)  # more in the update only: they would take cores from the simulators
 
-    # ---- frozen base π_0, actor π_θ, critics Q_φ, targets Q_φ̄, buffer B (Algorithm 1, line 1) ----
-    try:
-        if args.base == "pi0":
-            from base_pi0 import Pi0Base
-
-            weights = args.weights
-            base = Pi0Base.load(weights, "aloha", ("top",), device, latent=args.latent,
-                                chunk_steps=args.chunk_steps, openpi_aloha=args.openpi_aloha)  # fmt: skip
-        else:
-            weights = args.weights or Path(__file__).resolve().parent / "weights" / "aloha.safetensors"
-            base = FlowBase.load(weights, device=device, task=TASK)
-    except ValueError as error:
-        stop(f"--base {args.base} --weights {weights}: {error}")
-    if base.latent_dim == 0 and not args.eval_only:
-        stop(f"--weights is {weights}, a {base.config.type} policy, whose noise nobody can choose; add --eval-only to measure it as it is")
-    args.num_envs = E = args.num_envs or base.num_envs * WORLD
-    if E % WORLD:
-        stop(f"--num-envs is {E}, which {WORLD} ranks cannot share evenly; give a multiple of {WORLD}")
-    # this rank plays m of the E environments and then learns from all: in one process [own] takes them all, and nothing is sent
-    own = slice(RANK * E // WORLD, (RANK + 1) * E // WORLD)
-    D = base.latent_dim
-    sigma_floor = 1e-8 if args.literal else 2 * args.beta / max(D, 1)  # D2
+    # ---- frozen base π_0, actor π_θ, critics Q_φ, targets Q_φ̄, buffer B (line 1) ----
+    device = ranks.connect(args.device)
+    base = load_base(args.base, args.pi0, suite, device)
+    tasks = cloned_tasks(suite, base)
+    args.device = device.type  # a resumed run stays there: the other device has other random numbers
+    args.num_envs = args.num_envs or math.ceil(base.num_envs / len(tasks)) * len(tasks) * ranks.WORLD
+    S, D, E, T = base.state_dim, base.latent_dim, args.num_envs, args.rollout_decisions
+    own = ranks.share(E, len(tasks))  # the m environments that this process plays; it learns from all E
+    sigma_floor = 1e-8 if args.literal else 2 * args.beta / D
     torch.manual_seed(args.seed)
-    actor = FlowActor(base.state_dim, D).to(device)
-    critic, target = (QEnsemble(base.state_dim, D, args.num_critics).to(device) for _ in range(2))
+    actor = FlowActor(S, D).to(device)
+    critic, target = (QEnsemble(S, D, args.num_critics).to(device) for _ in range(2))
     target.load_state_dict(critic.state_dict())
-    actor_optimizer = torch.optim.Adam(actor.parameters(), args.actor_lr)
-    critic_optimizer = torch.optim.Adam(critic.parameters(), args.critic_lr)
-    learners = dict(actor=actor, critic=critic, target=target, actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer)
+    actor_adam = torch.optim.Adam(actor.parameters(), args.actor_lr)
+    critic_adam = torch.optim.Adam(critic.parameters(), args.critic_lr)
+    learners = dict(actor=actor, critic=critic, target=target, actor_adam=actor_adam, critic_adam=critic_adam)
     buffer = TrajectoryBuffer(args.window)
     generator = torch.Generator(device).manual_seed(args.seed)  # every draw of training
-    iteration = env_steps = 0
-    # how actor and base act: a checkpoint is good for these alone
-    played = dict(flow_steps=FLOW_STEPS, chunk_steps=base.chunk_steps, latent=args.latent, openpi_aloha=args.openpi_aloha)
-    recent, seconds, evaluations = deque(maxlen=100), 0.0, []
-    column = lambda values: torch.as_tensor(values, dtype=torch.float32, device=device)
+    iteration, env_steps, recent = 0, 0, deque(maxlen=100)  # recent: success of the last training episodes
+    policies = latents_of(actor, FLOW_STEPS)
 
-    if args.checkpoint or args.resume:
-        flag, path = ("--checkpoint", args.checkpoint) if args.eval_only else ("--resume", Path(args.resume) / "last.pt")
-        saved = load_checkpoint(path, flag, TASK)
-        if saved["latent_dim"] != D or saved["weights_sha256"] != base.sha256:
-            stop(f"{flag}: {path} was trained on another base than {weights}, or steers {saved['latent_dim']} latent dimensions and not {D}; "
-                 + ("put that base back" if args.resume else "name that base with --weights"))  # fmt: skip
-        for name, value in played.items():  # older checkpoints lack some of them
-            if saved.get(name, value) != value:
-                stop(f"{flag}: {path} was trained with {name} = {saved[name]}, here it is {value}; give the same value here")
-        actor.load_state_dict(saved["actor"])
-        env_steps = saved["env_steps"]
+    # ---- run folder; with --resume everything as it was left ----
+    made_for = dict(task=suite.name, base_sha256=base.sha256, latent_dim=D, flow_steps=FLOW_STEPS)
+    made_for |= dict(chunk_steps=base.chunk_steps, pi0=vars(args.pi0))  # a checkpoint is good for these alone
+    saved = load_checkpoint(Path(args.resume) / "last.pt", "--resume", made_for) if args.resume else None
+    if saved:
+        for name, part in learners.items():
+            part.load_state_dict(saved[name])
+        buffer.iterations = [{k: v.to(device) for k, v in b.items()} for b in saved["buffer"]]
+        generator.set_state(saved["generator"])
+        iteration, env_steps = saved["iteration"], saved["env_steps"]
+        recent.extend(saved["recent"])
+    folder = ranks.gathered(run_folder(args, suite.name, ranks.RESTARTS))[0]
+    workers = Workers(suite.build, tasks, args.num_workers or ranks.SIMULATORS, base.pictures)
+    with clean_end(Path(__file__).name, folder) as interrupts, workers:
+        logs = RunLogs(folder, args, saved)
 
-    # ---- run folder ----
-    default = f"{TASK}__seed{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = Path(args.resume) if args.resume else new_run_folder(args.run_name, default, ranks.RESTARTS > 0) if RANK == 0 else None
-    folder = ranks.gathered(folder)[0]
-    METRICS = (
-        "iteration charts/env_steps charts/success charts/return charts/episode_length charts/success_length charts/SPS "
-        "charts/rollout_seconds charts/update_seconds eval/success eval/success_low eval/success_high eval/strict eval/length "
-        "eval/success_length eval/episodes losses/actor losses/surrogate losses/critic losses/ratio_std losses/clip_fraction "
-        "losses/floor_share losses/delta_mean losses/cfm_loss losses/move critic/q_mean critic/q_spread latent/norm latent/std "
-        "latent/explore_shift"
-    ).split()
-    EPISODES = "policy env_steps episode success strict length diverged cube_x cube_y".split()
+        def play(policy, num_episodes):
+            """Evaluate on so many starts per task, which training never sees. -> success rate"""
+            steps = env_steps if policy in ("tuned", "zero noise") else 0
+            who, where = (policy, policies[policy], base), (tasks, suite.starts[:num_episodes], suite.limit)
+            return float(evaluate(*who, workers, *where, logs.episodes, steps)["success"].mean())
 
-    @torch.no_grad()
-    def cached_loss(x, s, u, eps):
-        """ℓ_cfm(x | s; θ_old) and the velocities behind it, in pieces that a cache holds."""
-        parts = [actor.cfm_loss(*part) for part in zip(*(columns.split(1024) for columns in (x, s, u, eps)))]
-        return [torch.cat(column) for column in zip(*parts)]
+        @torch.no_grad()
+        def loss_of_old(x, s, u, eps):
+            """ℓ_cfm(x | s; θ), before θ moves, and the velocities behind it; in pieces, which is faster."""
+            pieces = zip(x.split(1024), s.split(1024), u.split(1024), eps.split(1024))
+            losses, velocities = zip(*[actor.cfm_loss(*piece) for piece in pieces])
+            return torch.cat(losses), torch.cat(velocities)
 
-    @torch.no_grad()
-    def evaluate(policy, num_episodes, record=False, log=True):
-        """Play whole episodes of `policy` ("base", "zero latents", "tuned" or "zero noise") on the evaluation states. No exploration."""
-        poses = evaluation_poses(num_episodes)
-        mine = np.arange(RANK, num_episodes, WORLD)  # the episodes of this rank
-        noise = torch.Generator(device).manual_seed(0)  # the same at every evaluation
-        drawn = []
-        progress = tqdm(desc=f"evaluate {policy}", total=math.ceil(HORIZON / base.chunk_steps), leave=False, mininterval=mininterval,
-                        disable=RANK > 0)  # fmt: skip
-
-        def act(observations):
-            progress.update()
-            s, context = base.encode(observations)
-            x = torch.randn(num_episodes, D, generator=noise, device=device)[mine]  # the base itself takes N(0, I)
-            if policy in ("tuned", "zero noise"):  # untrained, the actor would give exactly its noise (D7)
-                x = actor.sample(s, FLOW_STEPS, noise=x * (policy == "tuned"))
-            elif policy == "zero latents":
-                x = torch.zeros_like(x)
-            explored = actor.explore(x, s, args.explore_steps, EXPLORE_ETA)  # to be recorded: x itself is executed
-            drawn.append(torch.stack([x, explored], 1).cpu().numpy())
-            return base.decode(context, base.to_noise(ranks.spread(x, mine, num_episodes), noise)[mine]).cpu().numpy()
-
-        result = play_episodes(workers, poses[mine], act, record) if len(mine) else None
-        if result:
-            result["drawn"] = list(np.stack(drawn, 1))  # an episode: (decisions, 2, D), x^(0) and x^(K)
-        result = dict(ranks.merged(result, mine), policy=policy, env_steps=env_steps * (policy in ("tuned", "zero noise")), episode=np.arange(num_episodes))
-        progress.close()
-        for i in range(num_episodes if log and RANK == 0 else 0):
-            row = {key: int(result[key][i]) for key in ("episode", "success", "strict", "length", "diverged")}
-            logs.episodes.write(dict(row, policy=policy, env_steps=result["env_steps"], cube_x=poses[i, 0], cube_y=poses[i, 1]))
-        return result
-
-    def save(name):
-        """Everything that decides how the run goes on."""
-        states = ranks.collected(envs.state_dict())
-        if RANK > 0:
-            return
-        save_checkpoint(folder / name, dict(
-            task=TASK, latent_dim=D, **played, weights_sha256=base.sha256,
-            iteration=iteration, env_steps=env_steps, seconds=elapsed(),
-            **{name: part.state_dict() for name, part in learners.items()},
-            buffer=buffer.iterations, generator=generator.get_state(), envs=ranks.joined(states), recent=list(recent),
-            evaluations=evaluations, metric_rows=logs.metrics.rows, episode_rows=logs.episodes.rows,
-        ))  # fmt: skip
-
-    def summary(result):
-        return dict(policy=result["policy"], env_steps=result["env_steps"], episodes=len(result["success"]),
-                    success=int(result["success"].sum()), strict=int(result["strict"].sum()))  # fmt: skip
-
-    mininterval = 0.5 if sys.stderr.isatty() else 30.0
-    start = time.perf_counter()
-
-    def elapsed():
-        return seconds + time.perf_counter() - start
-
-    with clean_end("train_aloha.py", folder) as interrupts, Workers(args.num_workers, base.pictures) as workers:
-        if RANK == 0:  # the others compute, and write nothing
-            if not args.resume:
-                write_args(folder, args)
-            logs = RunLogs(folder, args, METRICS, EPISODES, saved if args.resume else None)
-
-        # ---- the untouched base first, before any update ----
-        results = {}  # policy: its last evaluation
-        if args.eval_only or not args.resume:
-            for policy in ["base"] + ["zero latents"] * (D > 0) + ["tuned", "zero noise"] * bool(args.checkpoint):
-                results[policy] = evaluate(policy, args.eval_episodes, record=args.video)
-                evaluations.append(summary(results[policy]))
-                e = evaluations[-1]
-                if RANK == 0:
-                    print(f"{policy:12} {rate(e['success'], e['episodes'])}   strict {rate(e['strict'], e['episodes'])}", flush=True)
-            if RANK == 0:
-                logs.latents.add(results["base"], np.flatnonzero(results["base"]["episode"] < LATENT_EPISODES))
-        if not args.eval_only:
-            envs = TrainingEnvs(workers, E, args.seed, own)
-            bar = tqdm(total=args.total_env_steps, initial=env_steps, unit="step", unit_scale=True, mininterval=mininterval, smoothing=0.1,
-                       disable=RANK > 0)  # fmt: skip
-            if args.resume:
-                for name, part in learners.items():
-                    part.load_state_dict(saved[name])
-                buffer.iterations = [{k: v.to(device) for k, v in b.items()} for b in saved["buffer"]]
-                generator.set_state(saved["generator"])
-                envs.load_state_dict(saved["envs"])
-                recent.extend(saved["recent"])
-                iteration, seconds, evaluations = (saved[k] for k in ("iteration", "seconds", "evaluations"))
-            else:
-                save("last.pt")
-            s_t, context = base.encode(envs.observations)  # line 6, for the first decision
+        if not saved:  # the untouched base first, before any update
+            play("base", args.eval_episodes)
+            play("zero latents", args.eval_episodes)
+        envs = TrainingEnvs(workers, tasks, E, suite.draw_start, suite.limit, args.seed, own)
+        if saved:
+            envs.load_state_dict(saved["envs"])
+        bar = progress_bar(args.total_env_steps, env_steps)
+        s, context = base.encode(envs.observations)  # line 6: s for actor and critics, context for decode
 
         # ---- for each iteration (line 2) ----
-        while not args.eval_only and env_steps < args.total_env_steps:
+        while env_steps < args.total_env_steps:
             if interrupts:
                 raise KeyboardInterrupt
-            iteration, steps_before = iteration + 1, env_steps
-            clock = time.perf_counter()
-            steps, ended_episodes = 0, []
+            iteration, steps_before, clock = iteration + 1, env_steps, time.perf_counter()
 
             # ---- rollout phase (lines 3-12); θ_old is θ, for nothing changes it here ----
-            rows = []
-            for t in range(args.rollout_decisions):
-                noise = torch.randn(E, D, generator=generator, device=device)[own]  # (m, D), as x0 and x; m is E without torchrun
-                x0 = actor.sample(s_t, FLOW_STEPS, noise=noise)  # line 7: x^(0) ~ π_θ(· | s)
-                x = actor.explore(x0, s_t, args.explore_steps, EXPLORE_ETA)  # Eq. 7: x^(K), which is executed
-                w = base.to_noise(ranks.spread(x, own, E), generator)[own]  # the base's noise, (m, …)
-                a = base.decode(context, w)  # line 8, (m, chunk steps, A)
-                step = envs.step(a.cpu().numpy())  # line 9
-                # D8: reward 1 at the first success; a decision's reward is Σ_{j<h'} γ^j r_{t+j}, its bootstrap factor γ^h'
-                r = step["success"] * GAMMA ** (step["num_steps"] - 1.0)  # (m,)
-                ended = step["terminated"] | step["truncated"]
-                # every observation is encoded once: s' is the next decision's s, but where an episode ended and another began
-                s_after, context = base.encode(envs.observations)  # line 6, for the next decision
-                s_next = s_after.clone()  # (m, S)
-                if ended.any():
-                    s_next[np.flatnonzero(ended)] = base.encode(step["last_observation"][ended])[0]
-                rows.append(dict(s=s_t, x0=x0, x=x, s_next=s_next, r=column(r), discount=column(GAMMA ** step["num_steps"]),
-                                 terminated=column(step["terminated"]), ended=column(ended)))  # fmt: skip
-                s_t = s_after
+            rows, episodes = [], []
+            for t in range(T):
+                noise = torch.randn(E, D + base.free_dim, generator=generator, device=device)[own]  # (m, …)
+                x = actor.sample(s, FLOW_STEPS, noise=noise[:, :D])  # line 7: x^(0) ~ π_θ(· | s), (m, D)
+                x = actor.explore(x, s, args.explore_steps, EXPLORE_ETA)  # Eq. 7: x^(K), which is executed
+                a = base.decode(context, x, noise[:, D:])  # line 8, (m, chunk steps, A)
+                step = envs.step(a.cpu().numpy())  # line 9: a chunk, or h' steps of it where the episode ends
+                ended = step["terminated"] | step["truncated"]  # (m,), by success or crash | by time limit
+                row = dict(s=s, x=x, terminated=step["terminated"], ended=ended, num_steps=step["num_steps"])
+                # reward 1 at the first success: a decision's is Σ_{j<h'} γ^j r_{t+j}, its discount γ^h'
+                row["discount"] = GAMMA ** step["num_steps"]
+                row["r"] = step["success"] * GAMMA ** (step["num_steps"] - 1.0)
+                s, context = base.encode(envs.observations)  # line 6, for the next decision
+                row["s_next"] = s.clone()
+                if ended.any():  # s' of an episode that has ended is its own last state
+                    row["s_next"][ended] = base.encode(step["last_observation"][ended])[0]
+                as_float = dict(dtype=torch.float32, device=device)
+                rows.append({k: torch.as_tensor(v, **as_float) for k, v in row.items()})
                 for i in np.flatnonzero(ended):
-                    success, length = bool(step["success"][i]), int(step["episode_steps"][i])
-                    episode_return = success * GAMMA ** (length - 1.0)  # Eq. 1: Σ_t γ^t r_t, with one reward at the first success
-                    ended_episodes.append((t, own.start + int(i), success, length, episode_return))
-                steps += int(step["num_steps"].sum())
-                bar.update(WORLD * int(step["num_steps"].sum()))
-            env_steps += sum(ranks.gathered(steps))
-            ended_episodes = sorted(sum(ranks.gathered(ended_episodes), []))
-            successes, lengths, returns = ([episode[k] for episode in ended_episodes] for k in (2, 3, 4))
-            recent.extend(map(float, successes))
-            bar.n = env_steps
-            bar.set_postfix(success=f"{np.mean(recent):.2f}" if recent else "-", refresh=False)
-            batch = ranks.of_all(own, E, {key: torch.stack([row[key] for row in rows]) for key in rows[0]})  # (T, E, …)
-            T = args.rollout_decisions
-            if not args.fresh_latents:  # line 10, with the draws of Eq. 2 (D3)
+                    success, length = float(step["success"][i]), int(step["episode_steps"][i])
+                    episode_return = success * GAMMA ** (length - 1)  # Eq. 1: Σ_t γ^t r_t
+                    episodes.append((t, own.start + i, success, length, episode_return))
+                bar.update(ranks.WORLD * int(step["num_steps"].sum()))
+            batch = {k: torch.stack([row[k] for row in rows]) for k in rows[0]}
+            batch = ranks.of_all(batch, own, E)  # (T, E, …)
+            episodes = sorted(sum(ranks.gathered(episodes), []))
+            env_steps += int(batch.pop("num_steps").sum())
+            recent.extend(success for _, _, success, _, _ in episodes)
+            if not args.fresh_latents:  # line 10, with the draws of Eq. 2, which the window keeps
                 u, eps = draw_flow_noise(T * E, NUM_DRAWS, D, generator, device)
-                cfm_init, _ = cached_loss(batch["x"].flatten(0, 1), batch["s"].flatten(0, 1), u, eps)
-                batch.update(u=u.view(T, E, -1), eps=eps.view(T, E, -1, D), cfm_init=cfm_init.view(T, E))
+                cfm_init, _ = loss_of_old(batch["x"].flatten(0, 1), batch["s"].flatten(0, 1), u, eps)
+                batch |= dict(u=u.view(T, E, -1), eps=eps.view(T, E, -1, D), cfm_init=cfm_init.view(T, E))
             buffer.push(batch)  # line 11, without a_t, which no equation reads
-            rollout_seconds = time.perf_counter() - clock
-            clock = time.perf_counter()
-            torch.set_num_threads(min(ranks.CPUS, 4))
+            rollout_seconds, clock = time.perf_counter() - clock, time.perf_counter()
 
-            # ---- update phase (lines 13-28); D13: first the critics, then the advantages once, then the actor ----
-            # samples of all W iterations one after the other, (n, …)
-            s, s_next, x, r, discount, terminated = (buffer.flat(key) for key in ("s", "s_next", "x", "r", "discount", "terminated"))
-            n, losses_critic = len(r), []
-            x_next = actor.sample(s_next, FLOW_STEPS, generator)  # lines 17-18: x' ~ π_θ(· | s'), with θ as it is for all steps below
-            within = (0, 1) if args.clamp_target else None  # of the return, with one reward of at most 1
+            # ---- update phase (lines 13-28): all critic steps, then the advantages, then the actor ----
+            torch.set_num_threads(min(ranks.CPUS, 4))
+            w = {k: buffer.flat(k) for k in batch}  # the window's samples, oldest iteration first, (n, …)
+            n, critic_losses, infos = len(w["r"]), [], []
+            # lines 17-18: x' ~ π_θ(· | s'), (n, D), once for all critic steps, in which θ rests
+            x_next = actor.sample(w["s_next"], FLOW_STEPS, generator)
+            within = (0, 1) if args.clamp_target else None  # the return lies there: one reward of at most 1
             for _ in range(args.critic_steps):
                 i = torch.randint(n, (CRITIC_BATCH,), generator=generator, device=device)  # line 15
-                y = td_target(target, r[i], discount[i], terminated[i], s_next[i], x_next[i], within)  # line 19, Eq. 5
-                loss_critic = critic_loss(critic, s[i], x[i], y)  # line 20, Eq. 6
-                critic_optimizer.zero_grad()
-                loss_critic.backward()
-                critic_optimizer.step()
+                r, discount, terminated = w["r"][i], w["discount"][i], w["terminated"][i]
+                # line 19, Eq. 5
+                y = td_target(target, r, discount, terminated, w["s_next"][i], x_next[i], within)
+                loss = critic_loss(critic, w["s"][i], w["x"][i], y)  # line 20, Eq. 6
+                critic_adam.zero_grad()
+                loss.backward()
+                critic_adam.step()
                 polyak_update(target, critic, TAU)  # line 21
-                losses_critic.append(loss_critic.detach())
+                critic_losses.append(loss.detach())
 
             # line 26: the samples (B, …) that the actor learns from, and their advantages (B,)
-            if args.fresh_latents:  # D16: latents of the actor as it is, at states of the window, valued by the critics
+            if args.fresh_latents:  # nobody has executed them; the critics value them at states of the window
                 i = torch.randint(n, (args.actor_states,), generator=generator, device=device)
-                s_a = s[i].repeat_interleave(args.fresh_latents, 0)
+                s_a = w["s"][i].repeat_interleave(args.fresh_latents, 0)
                 x_a = actor.sample(s_a, FLOW_STEPS, generator)
-                adv = latent_advantage(critic, s[i], x_a.view(len(i), -1, D)).flatten()
+                adv = latent_advantage(critic, w["s"][i], x_a.view(len(i), -1, D)).flatten()
                 u, eps = draw_flow_noise(len(x_a), NUM_DRAWS, D, generator, device)
-                cfm_init, v_old = cached_loss(x_a, s_a, u, eps)  # line 10, for these
-            else:  # the paper's: the executed latents, valued by GAE on whole trajectories
-                s_a, x_a, u, eps, cfm_init = s, x, buffer.flat("u"), buffer.flat("eps"), buffer.flat("cfm_init")
-                both = torch.cat([s, s_next]).repeat_interleave(VALUE_LATENTS, 0)
+                cfm_init, v_old = loss_of_old(x_a, s_a, u, eps)  # line 10, for these
+            else:  # the paper's: executed latents (n, …), valued by GAE along the T decisions, (T, W E)
+                s_a, x_a, u, eps, cfm_init = w["s"], w["x"], w["u"], w["eps"], w["cfm_init"]
+                both = torch.cat([w["s"], w["s_next"]]).repeat_interleave(VALUE_LATENTS, 0)
                 x_s, x_s_next = actor.sample(both, FLOW_STEPS, generator).view(2, n, VALUE_LATENTS, D)
-                v = stored_value(critic, s, x) if args.literal else fresh_value(critic, s, x_s)  # D5
-                v_next, adv = fresh_value(critic, s_next, x_s_next), []
-                for b, v_b, v_next_b in zip(buffer.iterations, v.split(T * E), v_next.split(T * E)):
-                    v_b, v_next_b = v_b.view(T, E), v_next_b.view(T, E)
-                    # V(s_{t+1}) is the next row's V(s_t), but where an episode ended and at the iteration's end
-                    v_next_b = torch.cat([torch.where(b["ended"][:-1] > 0, v_next_b[:-1], v_b[1:]), v_next_b[-1:]])
-                    adv.append(gae(b["r"], v_b, v_next_b, b["discount"], b["terminated"], b["ended"], GAE_LAMBDA).flatten())
-                adv = torch.cat(adv)
+                # V from fresh latents: "reuse stored latents", to the letter, makes V(s) = Q(s, x)
+                w["value_next"] = fresh_value(critic, w["s_next"], x_s_next)
+                w["value"] = fresh_value(critic, w["s"], x_s)
+                if args.literal:  # "reuse stored latents": then V(s) is Q(s, x)
+                    w["value"] = stored_value(critic, w["s"], w["x"])
+                columns = "r", "value", "value_next", "discount", "terminated", "ended"
+                r, value, value_next, *ends = (buffer.trajectories(w[k]) for k in columns)
+                # V(s_{t+1}) is the next row's V(s_t), except at the end of an episode or iteration
+                value_next[:-1] = torch.where(ends[2][:-1] > 0, value_next[:-1], value[1:])
+                adv = buffer.samples(gae(r, value, value_next, *ends, GAE_LAMBDA))
                 adv = (adv - adv.mean()) / (adv.std(correction=0) + 1e-4)
-                v_old = cached_loss(x_a, s_a, u, eps)[1]
+                v_old = loss_of_old(x_a, s_a, u, eps)[1]  # of this iteration; cfm_init is the collector's
             if args.shuffle_advantages:
                 adv = adv[torch.randperm(len(adv), generator=generator, device=device)]
-            adv = adv.clamp_min(-1)  # D4: nothing is un-fitted harder than
+            adv = adv.clamp_min(-1)  # no latent is pushed away harder (not in the paper)
 
-            # lines 22-27: the actor
-            if args.anneal_lr:
-                actor_optimizer.param_groups[0]["lr"] = args.actor_lr * max(0.0, 1 - steps_before / args.total_env_steps)
-            infos, order = [], torch.randperm(len(adv), generator=generator, device=device)
+            # lines 22-27: the actor, once through its samples
+            to_go = max(0.0, 1 - steps_before / args.total_env_steps) if args.anneal_lr else 1.0
+            actor_adam.param_groups[0]["lr"] = args.actor_lr * to_go
+            order = torch.randperm(len(adv), generator=generator, device=device)
             minibatches = order.tensor_split(max(1, len(order) // MINIBATCH))  # the remainder is dealt out
-            for i in minibatches if iteration > args.critic_warmup else ():  # D11: the critics alone at first
+            for i in minibatches if iteration > args.critic_warmup else ():  # the critics alone at first
                 cfm, v = actor.cfm_loss(x_a[i], s_a[i], u[i], eps[i])  # line 23: ℓ_cfm(x | s; θ), (b,)
-                loss_actor, info = fpo_loss(cfm, cfm_init[i], adv[i], args.beta, args.clip_eps, sigma_floor)  # lines 23-25, 27: Eq. 2-4
-                move = (v - v_old[i]).square().mean()
-                loss_actor = loss_actor + args.proximal * info["slope"] * move  # D4: Eq. 3 standardises how far away, this does not
-                actor_optimizer.zero_grad()
-                loss_actor.backward()
+                # lines 23-25 and 27, Eq. 2-4
+                loss, info = fpo_loss(cfm, cfm_init[i], adv[i], args.beta, args.clip_eps, sigma_floor)
+                move = (v - v_old[i]).square().mean()  # how far the actor goes: Eq. 3 divides that by σ
+                loss = loss + args.proximal * info.pop("slope") * move
+                actor_adam.zero_grad()
+                loss.backward()
                 torch.nn.utils.clip_grad_norm_(actor.parameters(), 1.0)  # the paper names no limit
-                actor_optimizer.step()
-                infos.append(dict(info, actor=loss_actor.detach(), move=move.detach()))
-            ranks.broadcast(actor, critic, target)  # the ranks have done the same: against rounding
-            critic_mean = torch.stack(losses_critic).mean().item()
-            if not (math.isfinite(critic_mean) and all(torch.isfinite(info["actor"]) for info in infos)):
-                stop(f"a loss became NaN or infinite in iteration {iteration}; the last good checkpoint is {folder / 'last.pt'}. "
-                     "Start a new run with a lower --actor-lr or --critic-lr", code=1)  # fmt: skip
-            update_seconds = time.perf_counter() - clock
+                actor_adam.step()
+                infos.append(dict(info, move=move.detach()))
+            ranks.broadcast(actor, critic, target)  # all did the same update: rounding must not drift
             torch.set_num_threads(1)
+            update_seconds = time.perf_counter() - clock
 
-            # ---- log ----
-            executed = batch["x"].flatten(0, 1)  # (T E, D)
+            # ---- log, evaluate, save ----
             with torch.no_grad():
-                q = critic(batch["s"].flatten(0, 1), executed)
-            mean = lambda values: float(np.mean(values)) if len(values) else ""
-            row = {"iteration": iteration, "charts/env_steps": env_steps, "charts/success": mean(recent),
-                   "charts/return": mean(returns), "charts/episode_length": mean(lengths),
-                   "charts/success_length": mean([length for length, success in zip(lengths, successes) if success]),
-                   "charts/SPS": (env_steps - steps_before) / (rollout_seconds + update_seconds), "charts/rollout_seconds": rollout_seconds,
-                   "charts/update_seconds": update_seconds, "losses/critic": critic_mean / args.num_critics,
-                   "critic/q_mean": q.mean().item(), "critic/q_spread": q.std(0, correction=0).mean().item(),
-                   "latent/norm": executed.norm(dim=-1).mean().item(), "latent/std": executed.std(0).mean().item(),
-                   "latent/explore_shift": (batch["x"] - batch["x0"]).norm(dim=-1).mean().item()}  # fmt: skip
-            for key in "actor surrogate ratio_std clip_fraction floor_share delta_mean cfm_loss move".split():
-                row[f"losses/{key}"] = torch.stack([info[key] for info in infos]).mean().item() if infos else ""
-
-            # ---- evaluate on the states that training never sees ----
+                q = critic(batch["s"].flatten(0, 1), batch["x"].flatten(0, 1))  # (M, T E)
+            row = {
+                "iteration": iteration,
+                "charts/env_steps": env_steps,
+                "charts/success": mean(recent),
+                "charts/return": mean([episode[4] for episode in episodes]),
+                "charts/episode_length": mean([episode[3] for episode in episodes]),
+                "charts/SPS": (env_steps - steps_before) / (rollout_seconds + update_seconds),
+                "charts/rollout_seconds": rollout_seconds,
+                "charts/update_seconds": update_seconds,
+                "losses/critic": torch.stack(critic_losses).mean().item() / args.num_critics,
+                "critic/q_mean": q.mean().item(),
+                "critic/q_spread": q.std(0, correction=0).mean().item(),
+                "latent/norm": batch["x"].norm(dim=-1).mean().item(),
+            }
+            for key in infos[0] if infos else ():
+                row[f"losses/{key}"] = torch.stack([info[key] for info in infos]).mean().item()
+            check_finite(row, folder)
+            bar.n = env_steps
+            bar.set_postfix(success=f"{mean(recent):.2f}" if recent else "-")
             last = env_steps >= args.total_env_steps
             due = last or env_steps // args.eval_every > steps_before // args.eval_every
             if due:
-                result = evaluate("tuned", args.eval_episodes if last else max(1, args.eval_episodes // 2), record=args.video and last)
-                evaluations.append(e := summary(result))
-                row.update(evaluation_columns(result) | {"eval/strict": e["strict"] / e["episodes"]})
-                results["tuned"] = result
-                if last:  # the same actor, from zero noise
-                    evaluations.append(summary(evaluate("zero noise", args.eval_episodes)))
-            if due and RANK == 0:
-                logs.latents.add(result, np.flatnonzero(result["episode"] < LATENT_EPISODES))
-                bar.write(f"{env_steps:9,d} steps  {elapsed() / 60:5.1f} min  tuned {rate(e['success'], e['episodes'])}")
-            if RANK == 0:
-                logs.write(row, env_steps)
-            save("last.pt")
-            if due:
-                save(f"step{env_steps:08d}.pt")
+                num_episodes = args.eval_episodes if last else (args.eval_episodes + 1) // 2
+                row["eval/success"] = play("tuned", num_episodes)
+            if last:
+                play("zero noise", args.eval_episodes)
+            logs.write(row, env_steps)
+            checkpoint = {name: part.state_dict() for name, part in learners.items()}
+            checkpoint |= dict(iteration=iteration, env_steps=env_steps, recent=list(recent))
+            checkpoint |= dict(generator=generator.get_state(), buffer=buffer.iterations, logs=logs.rows())
+            checkpoint |= dict(envs=ranks.joined(envs.state_dict()))
+            save_checkpoint(folder, made_for | checkpoint, args, keep=due)
 
-        # ---- the result ----
-        if "tuned" in results and "base" not in results:  # a resumed run has not played the base itself
-            results["base"] = evaluate("base", args.eval_episodes, record=args.video, log=False)
-        if RANK > 0:
-            raise SystemExit
-        final = {e["policy"]: e for e in evaluations}  # the last one of each
-        print(f"\n{TASK}, seed {args.seed}, {env_steps:,} environment steps, {elapsed() / 60:.1f} minutes, files in {folder}")
-        print(f"{'':14}{'success (official)':^26}{'strict':^26}  n")
-        for e in final.values():
-            print(f"{e['policy']:14}{rate(e['success'], e['episodes']):26}{rate(e['strict'], e['episodes']):26}{e['episodes']:5}")
-        if "tuned" in results:
-            print_gain(final["base"], final["tuned"])
-            before, after = results["base"], results["tuned"]
-            for kind, members in compare(before, after).items():
-                filmed = [i for i in members if len(before["qpos"][i]) and len(after["qpos"][i])] if args.video else []
-                for i in filmed[:1]:  # Fig. 4a, 6: base left, tuned right, from the same initial state
-                    film = folder / f"{kind}_episode{i}.mp4"  # every fourth frame: 12.5 a second
-                    write_side_by_side(film, workers.render([before["qpos"][i][::4], after["qpos"][i][::4]]), FPS / 4)
-                    print(f"{kind}, base | tuned: {film}")
+        print_result(folder, suite.names)

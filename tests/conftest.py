@@ -3,7 +3,8 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ["LOCAL_WORLD_SIZE"] = str(os.cpu_count() or 1)  # tests run side by side: what they start takes one CPU each (ranks.py)
+# tests run side by side: what they start takes one core each (support/ranks.py)
+os.environ["LOCAL_WORLD_SIZE"] = str(os.cpu_count() or 1)
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import pytest

@@ -1,27 +1,20 @@
-"""On a GPU: the components against float64 on the CPU, both scripts from start to end, resume. Skipped where torch finds no CUDA device."""
+"""On a GPU: the components against float64 on the CPU, both scripts from start to end, resume. Skipped where
+torch finds no CUDA device."""
 
 import json
-import os
-import subprocess
-import sys
+import shutil
 
 import pytest
 import torch
 
-from base_flow import FlowBase
+from base.flow import FlowBase
 from fpo_actor import FlowActor, draw_flow_noise
 from fpo_critic import QEnsemble, critic_loss, fresh_value, gae, latent_advantage, td_target
 from fpo_loss import fpo_loss
-from test_train_aloha import ROOT, SMALL, rows, same_results
+from helpers import ROOT, SMALL, assert_refused, assert_same_results, rows, script
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
-FLAGS = " ".join(SMALL).replace("--device cpu", "--device cuda").replace("--eval-episodes 2", "--eval-episodes 1").split()
-
-
-def script(name, cwd, *flags, gpu=True):
-    environment = os.environ | ({} if gpu else dict(CUDA_VISIBLE_DEVICES=""))
-    command = [sys.executable, str(ROOT / name), *map(str, flags)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment)
+FLAGS = [*SMALL, "--device", "cuda", "--eval-episodes", 1]
 
 
 def everything(device, dtype):
@@ -36,8 +29,8 @@ def everything(device, dtype):
     noise, fresh = torch.randn(B, D), torch.randn(B, 4, D)
     u, eps = draw_flow_noise(B, 16, D)
     ended = (torch.rand(T, E) < 0.2).float()
-    on = lambda *tensors: [t.to(device, dtype) for t in tensors]
-    s, s_next, r, adv, noise, fresh, u, eps, ended = on(s, s_next, r, adv, noise, fresh, u, eps, ended)
+    drawn = (s, s_next, r, adv, noise, fresh, u, eps, ended)
+    s, s_next, r, adv, noise, fresh, u, eps, ended = (t.to(device, dtype) for t in drawn)
     for module in (actor, old, critic, target):
         module.to(device, dtype)
 
@@ -53,10 +46,12 @@ def everything(device, dtype):
     loss_critic.backward()
     v = fresh_value(critic, s, fresh)
     among = latent_advantage(critic, s, fresh)
-    result = dict(info, x=x, explored=explored, cfm=cfm, velocity=velocity, loss=loss, y=y, loss_critic=loss_critic, v=v, among=among)
+    result = dict(info, x=x, explored=explored, cfm=cfm, velocity=velocity, loss=loss)
+    result |= dict(y=y, loss_critic=loss_critic, v=v, among=among)
     shaped = [t.view(T, E) for t in (r, v, v.roll(1), torch.full_like(r, 0.9))]
     result["adv"] = gae(*shaped, torch.zeros_like(ended), ended, 0.95)
-    result["actor_gradient"], result["critic_gradient"] = (torch.cat([p.grad.flatten() for p in m.parameters()]) for m in (actor, critic))
+    for name, module in (("actor_gradient", actor), ("critic_gradient", critic)):
+        result[name] = torch.cat([p.grad.flatten() for p in module.parameters()])
     return {name: value.detach().double().cpu() for name, value in result.items()}
 
 
@@ -75,30 +70,36 @@ def test_base_on_the_gpu_equals_the_cpu():
             torch.manual_seed(0)
             base = FlowBase.load(file, device=device)
             observation, w = torch.randn(16, base.state_dim), torch.randn(16, base.latent_dim)
-            chunks.append(base.decode(base.encode(base.state_mean.cpu() + observation * base.state_std.cpu())[1], w.to(device)).cpu())
+            observation = base.state_mean.cpu() + observation * base.state_std.cpu()
+            chunks.append(base.decode(base.encode(observation)[1], w.to(device)).cpu())
         torch.testing.assert_close(*chunks, rtol=1e-4, atol=1e-4)
 
 
 @needs_gpu
+@pytest.mark.slow
 def test_aloha_trains_resumes_and_is_evaluated(tmp_path):
-    """Two halves are the whole, bit for bit; a checkpoint of the GPU plays on a CPU, and its run does not go on there."""
-    flags = [*FLAGS, "--eval-every", 800, "--explore-steps", 4]
-    whole = script("train_aloha.py", tmp_path, *flags, "--total-env-steps", 1600, "--run-name", "whole", "--no-anneal-lr")
-    assert whole.returncode == 0, whole.stderr
-    assert json.loads((tmp_path / "runs/whole/args.json").read_text())["args"]["device"] == "cuda"
-    half = script("train_aloha.py", tmp_path, *flags, "--total-env-steps", 800, "--run-name", "parts", "--no-anneal-lr")
-    assert half.returncode == 0, half.stderr
-    on_cpu = script("train_aloha.py", tmp_path, "--resume", "runs/parts", "--total-env-steps", 1600, gpu=False)
-    assert on_cpu.returncode == 2 and "--resume" in on_cpu.stderr and "Traceback" not in on_cpu.stderr
-    rest = script("train_aloha.py", tmp_path, "--resume", "runs/parts", "--total-env-steps", 1600)
+    """The second half again, bit for bit; a checkpoint of the GPU plays on a CPU, and its run does not go on
+    there."""
+    flags = "--eval-every 640 --explore-steps 4 --total-env-steps 1280 --run-name whole".split()
+    result = script("train_aloha.py", tmp_path, *FLAGS, *flags)
+    assert result.returncode == 0, result.stderr
+    whole, parts = tmp_path / "runs" / "whole", tmp_path / "runs" / "parts"
+    assert json.loads((whole / "args.json").read_text())["args"]["device"] == "cuda"
+    shutil.copytree(whole, parts)
+    min(parts.glob("step*.pt")).rename(parts / "last.pt")
+    on_cpu = script("train_aloha.py", tmp_path, "--resume", "runs/parts", CUDA_VISIBLE_DEVICES="")
+    assert_refused(on_cpu, ["--resume", "GPU"])
+    rest = script("train_aloha.py", tmp_path, "--resume", "runs/parts")
     assert rest.returncode == 0, rest.stderr
-    same_results(tmp_path / "runs/whole", tmp_path / "runs/parts")
-    played = ["--eval-only", "--eval-episodes", 1, "--checkpoint", "runs/whole/last.pt", "--num-workers", 1]
-    assert script("train_aloha.py", tmp_path, *played, "--device", "cpu").returncode == 0
+    assert_same_results(whole, parts)
+    played = ["runs/whole/last.pt", "--episodes", 1, "--num-workers", 1, "--device", "cpu"]
+    assert script("evaluate.py", tmp_path, *played).returncode == 0
 
 
 @needs_gpu
+@pytest.mark.slow
 def test_libero_trains(tmp_path):
-    result = script("train_libero.py", tmp_path, *FLAGS, "--total-env-steps", 400, "--run-name", "gpu")
+    flags = ["--rollout-decisions", 2, "--total-env-steps", 128, "--run-name", "gpu"]
+    result = script("train_libero.py", tmp_path, *FLAGS, *flags)
     assert result.returncode == 0, result.stderr
     assert float(rows(tmp_path / "runs/gpu/metrics.csv")[-1]["losses/cfm_loss"]) > 0

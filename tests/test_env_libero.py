@@ -1,21 +1,31 @@
-"""The lean LIBERO loop against the stock robosuite environment, and its independence of workers and of history."""
+"""The lean LIBERO loop against the stock robosuite environment, and its independence of workers and of
+history."""
 
 import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+from functools import partial
 
 import numpy as np
 import pytest
 
-from env_libero import (
-    FIXTURE_SEED, OBSERVATION_DIM, OFFICIAL_STATES, SETTLING, STEP_LIMIT, Simulator, TrainingEnvs, Workers, official, parse_task_ids,
-    placed, play_episodes, quiet, suite,
-)  # fmt: skip
+from envs.libero import FIXTURE_SEED, OBSERVATION_DIM, OFFICIAL_STATES, SETTLING, STEP_LIMIT, Simulator, build
+from envs.libero import draw_start, official, parse_task_ids, placed, quiet, suite
+from envs.workers import TrainingEnvs, Workers, play_episodes
+from helpers import ROOT
 
-import mujoco  # after env_libero, which picks the OpenGL library
+import mujoco  # after envs.libero, which picks the OpenGL library
+
+sys.path.insert(0, str(ROOT / "tools"))
 
 BUTTER = ("libero_90", 56)
+
+
+def start_workers(num_workers):
+    return Workers(partial(build, BUTTER[0]), [BUTTER[1]], num_workers)
+
+
+def training_envs(workers, num_envs, seed):
+    limit = STEP_LIMIT[BUTTER[0]]
+    return TrainingEnvs(workers, [BUTTER[1]], num_envs, draw_start, limit, seed)
 
 
 def stock_environment(suite_name, task_id, initialization_noise=None):
@@ -23,12 +33,18 @@ def stock_environment(suite_name, task_id, initialization_noise=None):
         from libero.libero.envs.env_wrapper import ControlEnv
 
         path = suite(suite_name).get_task_bddl_file_path(task_id)
-        return ControlEnv(path, use_camera_obs=False, has_offscreen_renderer=False, hard_reset=False,
-                          initialization_noise=initialization_noise)  # fmt: skip
+        return ControlEnv(
+            path,
+            use_camera_obs=False,
+            has_offscreen_renderer=False,
+            hard_reset=False,
+            initialization_noise=initialization_noise,
+        )
 
 
 def stock_reset(stock, simulator, start):
-    """The protocol of the papers: seed, reset, official state if any, ten settling steps. A placement is set like an official state."""
+    """The protocol of the papers: seed, reset, official state if any, ten settling steps. A placement is set
+    like an official state."""
     kind, number = start
     stock.seed(number if kind == "placed" else FIXTURE_SEED)
     stock.reset()
@@ -45,8 +61,9 @@ def stock_reset(stock, simulator, start):
 
 
 def without_warm_start(*models):
-    """MuJoCo's solver stops within a tolerance, and where depends on where it starts: from its last result. The stock environment solves
-    three times a substep and ours once, so that without this they differ by 1e-10 at first, and by what contacts make of it later."""
+    """MuJoCo's solver stops within a tolerance, and where depends on where it starts: from its last result.
+    The stock environment solves three times a substep and ours once, so that without this they differ by
+    1e-10 at first, and by what contacts make of it later."""
     for model in models:
         model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_WARMSTART
 
@@ -58,25 +75,41 @@ def simulator():
 
 @pytest.fixture(scope="module")
 def workers():
-    with Workers(2, BUTTER[0], [BUTTER[1]]) as pool:
+    with start_workers(2) as pool:
         yield pool
 
 
-# Two hundred steps of a demonstration: reaching, closing on the object, carrying, letting go. From the same state nine steps in ten
-# agree with the stock environment's to 1e-12 (half of them to 1e-15). In the others a mesh slides on a mesh: MuJoCo 3.3.2 finds such
-# contacts by iteration (tolerance 1e-6), so that rounding may grow to 7e-5 within a step, in the stock environment as in ours.
-@pytest.mark.parametrize("suite_name, task_id, start", [
-    (*BUTTER, official(0)),
-    ("libero_spatial", 0, placed(3)),
-    ("libero_object", 1, placed(3)),
-    ("libero_goal", 3, official(0)),
-    ("libero_10", 0, placed(3)),
-])  # fmt: skip
-def test_same_actions_same_states_and_success_as_the_stock_environment(suite_name, task_id, start):
-    from demo_libero import Demonstrator
-
+def without_warm_start_both(suite_name, task_id):
     simulator, stock = Simulator(suite_name, task_id), stock_environment(suite_name, task_id)
     without_warm_start(simulator.model, stock.sim.model._model)
+    return simulator, stock
+
+
+@pytest.fixture(scope="module")
+def both():
+    """Our simulator of butter/tray and the stock one, without warm start."""
+    return without_warm_start_both(*BUTTER)
+
+
+# Two hundred steps of a demonstration: reaching, closing on the object, carrying, letting go. From the same
+# state nine steps in ten agree with the stock environment's to 1e-12 (half of them to 1e-15). In the others a
+# mesh slides on a mesh: MuJoCo 3.3.2 finds such contacts by iteration (tolerance 1e-6), so that rounding may
+# grow to 7e-5 within a step, in the stock environment as in ours.
+@pytest.mark.parametrize(
+    "suite_name, task_id, start",
+    [
+        (*BUTTER, official(0)),
+        pytest.param("libero_spatial", 0, placed(3), marks=pytest.mark.slow),
+        pytest.param("libero_object", 1, placed(3), marks=pytest.mark.slow),
+        pytest.param("libero_goal", 3, official(0), marks=pytest.mark.slow),
+        pytest.param("libero_10", 0, placed(3), marks=pytest.mark.slow),
+    ],
+)
+def test_same_actions_same_states_and_success_as_the_stock_environment(both, suite_name, task_id, start):
+    from demo_libero import Demonstrator
+
+    butter = (suite_name, task_id) == BUTTER
+    simulator, stock = both if butter else without_warm_start_both(suite_name, task_id)
     stock_observation = stock_reset(stock, simulator, start)
     state, observation = simulator.reset(start)
     nq = simulator.model.nq
@@ -90,7 +123,9 @@ def test_same_actions_same_states_and_success_as_the_stock_environment(suite_nam
         chunk = simulator.run(state, action[None], record=True)
         state = chunk.state
         stock_observation, *_ = stock.step(action)
-        errors.append(np.abs(np.stack([step.frames[-1][:nq], chunk.frames[-1][:nq]]) - stock.sim.data.qpos).max(1))
+        errors.append(
+            np.abs(np.stack([step.frames[-1][:nq], chunk.frames[-1][:nq]]) - stock.sim.data.qpos).max(1)
+        )
         assert chunk.success[0] == stock.check_success()
         flags.append(chunk.success[0])
         contacts = max(contacts, stock.sim.data.ncon)
@@ -102,7 +137,9 @@ def test_same_actions_same_states_and_success_as_the_stock_environment(suite_nam
     height, near = [0, 0, simulator.height], dict(atol=2e-3)
     np.testing.assert_allclose(chunk.observation[:3], stock_observation["robot0_eef_pos"] - height, **near)
     np.testing.assert_allclose(chunk.observation[9:11], stock_observation["robot0_gripper_qpos"], **near)
-    np.testing.assert_allclose(np.cos(chunk.observation[12:19]), stock_observation["robot0_joint_pos_cos"], **near)
+    np.testing.assert_allclose(
+        np.cos(chunk.observation[12:19]), stock_observation["robot0_joint_pos_cos"], **near
+    )
     name = simulator.goals[simulator.subgoal()][1]
     to_object = stock_observation[f"{name}_pos"] - stock_observation["robot0_eef_pos"]
     np.testing.assert_allclose(chunk.observation[19:22], to_object, **near)
@@ -111,9 +148,8 @@ def test_same_actions_same_states_and_success_as_the_stock_environment(suite_nam
         assert any(flags)  # the comparison of success saw both values
 
 
-def test_every_official_state_is_the_one_that_libero_ships():
-    simulator, stock = Simulator(*BUTTER), stock_environment(*BUTTER)
-    without_warm_start(simulator.model, stock.sim.model._model)
+def test_every_official_state_is_the_one_that_libero_ships(both):
+    simulator, stock = both
     assert simulator.official_states.shape[0] == OFFICIAL_STATES
     for i in (1, 25, 49):
         stock_reset(stock, simulator, official(i))
@@ -147,8 +183,9 @@ def test_fixtures_travel_with_the_state():
 
 
 def test_placements_come_from_the_regions_and_are_never_an_official_state(simulator, workers):
-    """The butter's region is 5 cm wide (BDDL). No training start is within 1 mm of an official one, both settled, in all objects."""
-    envs = TrainingEnvs(workers, [BUTTER[1]], 16, seed=0)
+    """The butter's region is 5 cm wide (BDDL). No training start is within 1 mm of an official one, both
+    settled, in all objects."""
+    envs = training_envs(workers, 8, seed=0)
     body = simulator.env.obj_body_id["butter_1"]
     low, high = np.array([0.025, 0.025]) - 1e-3, np.array([0.075, 0.075]) + 1e-3
 
@@ -164,7 +201,8 @@ def test_placements_come_from_the_regions_and_are_never_an_official_state(simula
 
 
 def test_the_stock_seed_gives_the_same_placement(simulator):
-    """robosuite with its default noise on the arm; and the official states, in all of which the arm has been moved as much."""
+    """robosuite with its default noise on the arm; and the official states, in all of which the arm has been
+    moved as much."""
     stock = stock_environment(*BUTTER, initialization_noise="default")
     for seed in (0, 11):
         simulator._place(seed)
@@ -179,13 +217,20 @@ def test_the_stock_seed_gives_the_same_placement(simulator):
     np.testing.assert_array_equal(before, np.random.get_state()[1])  # the global generator is left as it was
 
 
+@pytest.mark.slow
 def test_what_stands_on_a_fixture_is_placed_there():
-    """A bowl on the stove: the same placements as a hard reset gives, which rebuilds the model, also after other placements."""
+    """A bowl on the stove: the same placements as a hard reset gives, which rebuilds the model, also after
+    other placements."""
     with quiet():
         from libero.libero.envs.env_wrapper import ControlEnv
 
-        stock = ControlEnv(suite("libero_spatial").get_task_bddl_file_path(7), use_camera_obs=False, has_offscreen_renderer=False,
-                           hard_reset=True, initialization_noise="default")  # fmt: skip
+        stock = ControlEnv(
+            suite("libero_spatial").get_task_bddl_file_path(7),
+            use_camera_obs=False,
+            has_offscreen_renderer=False,
+            hard_reset=True,
+            initialization_noise="default",
+        )
     simulator = Simulator("libero_spatial", 7)
     for seed in (3, 8):
         simulator._place(seed)
@@ -196,28 +241,37 @@ def test_what_stands_on_a_fixture_is_placed_there():
         np.testing.assert_array_equal(simulator.model.body_pos[simulator.fixtures], poses)
         stove = poses[np.argmin(np.linalg.norm(poses[:, :2] - [-0.41, -0.14], axis=1))]
         mujoco.mj_forward(simulator.model, simulator.data)
-        assert np.linalg.norm((simulator.data.xpos[simulator.env.obj_body_id[simulator.goals[0][1]]] - stove)[:2]) < 0.2
+        assert (
+            np.linalg.norm(
+                (simulator.data.xpos[simulator.env.obj_body_id[simulator.goals[0][1]]] - stove)[:2]
+            )
+            < 0.2
+        )
 
 
 def test_the_number_of_workers_changes_nothing(workers):
     actions = np.random.default_rng(1).uniform(-1, 1, (2, 5, 4, 7))
-    with Workers(1, BUTTER[0], [BUTTER[1]]) as single:
+    results = []
+    with start_workers(1) as single:
         for pool in (workers, single):
-            envs = TrainingEnvs(pool, [BUTTER[1]], 5, seed=4)
+            envs = training_envs(pool, 5, seed=4)
             for a in actions:
                 step = envs.step(a)
-            results = (np.stack(envs.states), envs.observations, step["last_observation"])
-            expected = results if pool is workers else expected
-    for a, b in zip(expected, results):
+            results.append((np.stack(envs.states), envs.observations, step["last_observation"]))
+    for a, b in zip(*results):
         np.testing.assert_array_equal(a, b)
 
 
 def test_truncation_reports_the_last_state_and_starts_anew(workers):
-    envs = TrainingEnvs(workers, [BUTTER[1]], 2, seed=0)
+    envs = training_envs(workers, 2, seed=0)
     envs.steps[:] = [STEP_LIMIT["libero_90"] - 3, 0]
     before = envs.observations.copy()
     step = envs.step(np.tile([0, 0, 1.0, 0, 0, 0, -1], (2, 8, 1)))
-    assert list(step["num_steps"]) == [3, 8] and list(step["truncated"]) == [True, False] and not step["terminated"].any()
+    assert (
+        list(step["num_steps"]) == [3, 8]
+        and list(step["truncated"]) == [True, False]
+        and not step["terminated"].any()
+    )
     assert step["last_observation"][0, 2] > before[0, 2] + 0.005  # it had risen
     assert list(envs.steps) == [0, 8]
     assert np.abs(envs.observations[0] - step["last_observation"][0]).max() > 1e-3
@@ -225,13 +279,13 @@ def test_truncation_reports_the_last_state_and_starts_anew(workers):
 
 def test_state_dict_continues_exactly(workers):
     actions = np.random.default_rng(2).uniform(-1, 1, (3, 2, 6, 7))
-    envs = TrainingEnvs(workers, [BUTTER[1]], 2, seed=1)
+    envs = training_envs(workers, 2, seed=1)
     envs.steps[0] = STEP_LIMIT["libero_90"] - 8  # an episode ends on the way
     envs.step(actions[0])
     saved = {k: (v.copy() if hasattr(v, "copy") else v) for k, v in envs.state_dict().items()}
     for a in actions[1:]:
         envs.step(a)
-    again = TrainingEnvs(workers, [BUTTER[1]], 2, seed=99)
+    again = training_envs(workers, 2, seed=99)
     again.load_state_dict(saved)
     for a in actions[1:]:
         again.step(a)
@@ -240,7 +294,7 @@ def test_state_dict_continues_exactly(workers):
 
 
 def test_absurd_actions_fail_the_episode_and_not_the_run(workers):
-    envs = TrainingEnvs(workers, [BUTTER[1]], 2, seed=0)
+    envs = training_envs(workers, 2, seed=0)
     actions = np.zeros((2, 4, 7))
     actions[1] = np.nan
     step = envs.step(actions)
@@ -256,14 +310,24 @@ def test_diverged_physics_fail_the_chunk(simulator, speed):
     simulator.data.qvel[:7] = speed
     chunk = simulator.run(simulator._get_state(), np.zeros((3, 7)))
     assert chunk.diverged and len(chunk.success) == 0 and np.isfinite(chunk.observation[:3]).all()
-    np.testing.assert_array_equal(simulator.reset(official(0))[1], observation)  # and the next episode is as it would have been
+    np.testing.assert_array_equal(
+        simulator.reset(official(0))[1], observation
+    )  # and the next episode is as it would have been
 
 
 def test_episodes_end_at_success_or_at_the_limit(workers, simulator):
     """Evaluation from official states: an idle policy plays the official limit to the end and fails."""
-    idle = lambda observations: np.tile([0, 0, 0, 0, 0, 0, -1.0], (len(observations), 100, 1))
-    result = play_episodes(workers, [56, 56], [official(0), official(1)], idle, record=True)
-    assert list(result["length"]) == [400, 400] and not result["success"].any() and list(result["decisions"]) == [4, 4]
+
+    def idle(observations):
+        return np.tile([0, 0, 0, 0, 0, 0, -1.0], (len(observations), 100, 1))
+
+    starts = [official(0), official(1)]
+    result = play_episodes(workers, [56, 56], starts, idle, STEP_LIMIT["libero_90"], record=True)
+    assert (
+        list(result["length"]) == [400, 400]
+        and not result["success"].any()
+        and list(result["decisions"]) == [4, 4]
+    )
     assert [len(f) for f in result["frames"]] == [401, 401]  # the first state too
 
 
@@ -275,8 +339,10 @@ def test_rendering_follows_the_recorded_arm(workers):
     assert (np.abs(first - last).max(-1) > 30).mean() > 0.01  # and the arm has moved in it
 
 
+@pytest.mark.slow
 def test_pictures_and_robot_state_are_those_of_the_stock_environment():
-    """What lerobot's LiberoEnv hands to π_0: same pictures but for some pixels at edges, same poses within a step's sampling."""
+    """What lerobot's LiberoEnv hands to π_0: same pictures but for some pixels at edges, same poses within a
+    step's sampling."""
     from libero.libero.envs.env_wrapper import OffScreenRenderEnv
 
     simulator = Simulator("libero_spatial", 0)
@@ -291,10 +357,18 @@ def test_pictures_and_robot_state_are_those_of_the_stock_environment():
         ours, theirs = observation["pixels"][camera].astype(int), raw[name].astype(int)
         assert theirs.std() > 20 and (np.abs(ours - theirs).max(-1) > 2).mean() < 0.02
     robot = observation["robot_state"]
-    for ours, name in ((robot["eef"]["pos"], "eef_pos"), (robot["eef"]["quat"], "eef_quat"), (robot["gripper"]["qpos"], "gripper_qpos"),
-                       (robot["joints"]["pos"], "joint_pos"), (robot["joints"]["vel"], "joint_vel")):  # fmt: skip
+    for ours, name in (
+        (robot["eef"]["pos"], "eef_pos"),
+        (robot["eef"]["quat"], "eef_quat"),
+        (robot["gripper"]["qpos"], "gripper_qpos"),
+        (robot["joints"]["pos"], "joint_pos"),
+        (robot["joints"]["vel"], "joint_vel"),
+    ):
         np.testing.assert_allclose(ours, raw[f"robot0_{name}"], atol=2e-3)
-    assert observation["task"] == "pick up the black bowl between the plate and the ramekin and place it on the plate"
+    assert (
+        observation["task"]
+        == "pick up the black bowl between the plate and the ramekin and place it on the plate"
+    )
     simulator.reset(official(7))
     again = simulator.look(state, dict(image=size, image2=size))  # a pure function of the state
     np.testing.assert_array_equal(observation["pixels"]["image2"], again["pixels"]["image2"])
@@ -305,4 +379,6 @@ def test_pictures_and_robot_state_are_those_of_the_stock_environment():
 def test_task_ids_that_do_not_exist(text, word):
     with pytest.raises(ValueError, match=word):
         parse_task_ids("libero_goal", text)
-    assert parse_task_ids("libero_goal", "all") == list(range(10)) and parse_task_ids("libero_90", "56,3") == [56, 3]
+    assert parse_task_ids("libero_goal", "all") == list(range(10)) and parse_task_ids(
+        "libero_90", "56,3"
+    ) == [56, 3]

@@ -45,11 +45,14 @@ def test_sampling_converges_to_the_ode_of_the_velocity_field():
 
     def field(u, x):
         with torch.no_grad():
-            return actor.velocity(torch.tensor(x[None], dtype=torch.float32), torch.tensor([u], dtype=torch.float32), s)[0].numpy()
+            return actor.velocity(
+                torch.tensor(x[None], dtype=torch.float32), torch.tensor([u], dtype=torch.float32), s
+            )[0].numpy()
 
     exact = solve_ivp(field, (0, 1), noise[0].numpy(), rtol=1e-8, atol=1e-8).y[:, -1]
     errors = [
-        np.abs(actor.sample(s, k, torch.Generator().manual_seed(1))[0].numpy() - exact).max() for k in (8, 32, 512)
+        np.abs(actor.sample(s, k, torch.Generator().manual_seed(1))[0].numpy() - exact).max()
+        for k in (8, 32, 512)
     ]
     assert errors[2] < errors[1] < errors[0] and errors[2] < 2e-3
 
@@ -57,7 +60,7 @@ def test_sampling_converges_to_the_ode_of_the_velocity_field():
 def test_initial_cfm_loss_is_the_optimum_pi_half():
     actor, s, x = FlowActor(3, 8), torch.randn(4000, 3), torch.randn(4000, 8)
     u, eps = draw_flow_noise(4000, 16, 8)
-    assert abs(actor.cfm_loss(x, s, u, eps)[0].mean().item() - math.pi / 2) < 0.02  # D7; a zero field has loss 2
+    assert abs(actor.cfm_loss(x, s, u, eps)[0].mean().item() - math.pi / 2) < 0.02  # a zero field has loss 2
 
 
 def test_gaussian_velocity_is_the_conditional_expectation():
@@ -89,7 +92,7 @@ def test_draws_are_stratified():
 
 
 def test_cached_draws_remove_the_noise_of_the_loss_difference():
-    """D3: after a small parameter step, Δℓ with cached draws is far less noisy than with fresh ones."""
+    """After a small parameter step, Δℓ with cached draws is far less noisy than with fresh ones."""
     actor = trained_actor(3, 4)
     x, s = torch.randn(1, 4).expand(300, 4), torch.randn(1, 3).expand(300, 3)
     draws, fresh = draw_flow_noise(300, 8, 4), draw_flow_noise(300, 8, 4)
@@ -111,9 +114,11 @@ def test_explore_is_eq_7():
 
 
 def test_explore_on_the_gaussian_field():
-    """D6: with K = 1 a latent of N(0, I) becomes longer by 1 + η."""
+    """With K = 1 a latent of N(0, I) becomes longer by 1 + η."""
     actor, s, x = FlowActor(3, 50), torch.randn(2000, 3), torch.randn(2000, 50)
-    assert (actor.explore(x, s, 1, 0.05).norm(dim=1) / x.norm(dim=1)).mean().item() == pytest.approx(1.05, abs=1e-5)
+    assert (actor.explore(x, s, 1, 0.05).norm(dim=1) / x.norm(dim=1)).mean().item() == pytest.approx(
+        1.05, abs=1e-5
+    )
 
 
 def test_learns_a_known_two_dimensional_distribution():

@@ -1,11 +1,21 @@
-"""The critics: Eq. 5 and 6 by hand, the batched ensemble against separate networks, GAE against brute force."""
+"""The critics: Eq. 5 and 6 by hand, the batched ensemble against separate networks, GAE against brute
+force."""
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from fpo_critic import QEnsemble, critic_loss, fresh_value, gae, latent_advantage, polyak_update, stored_value, td_target
+from fpo_critic import (
+    QEnsemble,
+    critic_loss,
+    fresh_value,
+    gae,
+    latent_advantage,
+    polyak_update,
+    stored_value,
+    td_target,
+)
 
 
 def ensemble(M=3):
@@ -50,19 +60,34 @@ def test_td_target_by_hand():
     """Eq. 5 with constant critics Q = 3, 1, 2: the minimum is 1; a terminal state has no bootstrap."""
     q = QEnsemble(4, 2, 3)
     q.layers[-1].bias.data[:, 0, 0] = torch.tensor([3.0, 1.0, 2.0])
-    y = td_target(q, torch.tensor([0.5, 0.5]), torch.tensor([0.9, 0.9]), torch.tensor([0.0, 1.0]), torch.randn(2, 4), torch.randn(2, 2))
+    y = td_target(
+        q,
+        torch.tensor([0.5, 0.5]),
+        torch.tensor([0.9, 0.9]),
+        torch.tensor([0.0, 1.0]),
+        torch.randn(2, 4),
+        torch.randn(2, 2),
+    )
     torch.testing.assert_close(y, torch.tensor([0.5 + 0.9 * 1.0, 0.5]))
 
 
 def test_td_target_stays_within_the_range_of_the_return():
-    """D17 with constant critics Q = 3, 0.3, 2 and then their negatives: what lies above 1 or below 0 is no return of one reward."""
+    """Constant critics Q = 3, 0.3, 2 and then their negatives: what lies above 1 or below 0 is no return of
+    one reward."""
     q = QEnsemble(4, 2, 3)
     q.layers[-1].bias.data[:, 0, 0] = torch.tensor([3.0, 0.3, 2.0])
-    s, x, discount, terminated = torch.randn(3, 4), torch.randn(3, 2), torch.full((3,), 0.9), torch.tensor([0.0, 1.0, 0.0])
+    s, x, discount, terminated = (
+        torch.randn(3, 4),
+        torch.randn(3, 2),
+        torch.full((3,), 0.9),
+        torch.tensor([0.0, 1.0, 0.0]),
+    )
     y = td_target(q, torch.tensor([0.5, 0.5, 0.9]), discount, terminated, s, x, within=(0, 1))
     torch.testing.assert_close(y, torch.tensor([0.5 + 0.9 * 0.3, 0.5, 1.0]))
     q.layers[-1].bias.data.neg_()
-    torch.testing.assert_close(td_target(q, torch.zeros(3), discount, terminated, s, x, within=(0, 1)), torch.zeros(3))
+    torch.testing.assert_close(
+        td_target(q, torch.zeros(3), discount, terminated, s, x, within=(0, 1)), torch.zeros(3)
+    )
 
 
 def test_critic_loss_is_the_squared_td_error_of_every_member():
@@ -81,13 +106,16 @@ def test_polyak_update():
 
 def test_value_baselines():
     q, s, x = ensemble(), torch.randn(6, 4), torch.randn(6, 5, 2)
-    expected = torch.stack([torch.stack([q(s[b : b + 1], x[b, j : j + 1]).min() for j in range(5)]).mean() for b in range(6)])
+    expected = torch.stack(
+        [torch.stack([q(s[b : b + 1], x[b, j : j + 1]).min() for j in range(5)]).mean() for b in range(6)]
+    )
     torch.testing.assert_close(fresh_value(q, s, x), expected)
     torch.testing.assert_close(stored_value(q, s, x[:, 0]), q(s, x[:, 0]).min(0).values)
 
 
 def brute_force_gae(r, v, v_next, discount, terminated, ended, gae_lambda):
-    """Â_t = Σ_n w_n (n-step return) - V(s_t), each n-step return written out: the λ-return by its definition."""
+    """Â_t = Σ_n w_n (n-step return) - V(s_t), each n-step return written out: the λ-return by its
+    definition."""
     T, E = r.shape
     adv = np.zeros((T, E))
     for e in range(E):
@@ -131,7 +159,7 @@ def test_gae_never_looks_into_the_next_episode():
 
 
 def test_critics_learn_a_known_value():
-    """A chain of three decisions with reward 1 at its end: Q → γ^steps-to-go (D8, D11)."""
+    """A chain of three decisions with reward 1 at its end: Q → γ^steps-to-go."""
     q, target = QEnsemble(3, 2, 2, hidden=32), QEnsemble(3, 2, 2, hidden=32)
     optimizer = torch.optim.Adam(q.parameters(), 1e-3)
     s, s_next = torch.eye(3), torch.eye(3)[[1, 2, 2]]
@@ -143,11 +171,14 @@ def test_critics_learn_a_known_value():
         loss.backward()
         optimizer.step()
         polyak_update(target, q, 0.05)
-    torch.testing.assert_close(q(s, torch.randn(3, 2)).mean(0), torch.tensor([0.81, 0.9, 1.0]), atol=0.05, rtol=0)
+    torch.testing.assert_close(
+        q(s, torch.randn(3, 2)).mean(0), torch.tensor([0.81, 0.9, 1.0]), atol=0.05, rtol=0
+    )
 
 
 def test_latent_advantage_by_hand():
-    """Two states, three latents each: the ensemble's mean, minus the state's mean, over its standard deviation plus the floor."""
+    """Two states, three latents each: the ensemble's mean, minus the state's mean, over its standard
+    deviation plus the floor."""
     q = QEnsemble(2, 4, 3)
     for p in q.parameters():
         p.data = torch.randn(p.shape)
@@ -156,5 +187,7 @@ def test_latent_advantage_by_hand():
     for i in range(2):
         values = [q(s[i : i + 1], x[i, j : j + 1]).mean().item() for j in range(3)]
         mean, std = np.mean(values), np.std(values)
-        np.testing.assert_allclose(adv[i].numpy(), (np.array(values) - mean) / (std + 0.5), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            adv[i].numpy(), (np.array(values) - mean) / (std + 0.5), rtol=1e-4, atol=1e-5
+        )
     assert latent_advantage(q, s, x[:, :1]).abs().max() == 0  # one latent alone is neither good nor bad

@@ -1,7 +1,8 @@
-"""A tiny, randomly initialised π_0 (or π_0.5) in a folder, as `save_pretrained` leaves a real one: lerobot's own classes, only the widths
-are smaller. A process that loads it must call `patch()` first, for the widths are constants of lerobot.
+"""A tiny, randomly initialised π_0 (or π_0.5) in a folder, as `save_pretrained` leaves a real one: lerobot's
+own classes, only the widths are smaller. A process that loads it must call `patch()` first, for the widths
+are constants of lerobot.
 
-    python tests/tiny_pi0.py train_libero.py --base pi0 --checkpoint folder …     # run a script with the widths patched
+    python tests/tiny_pi0.py train_libero.py --base folder …     # run a script with the widths patched
 """
 
 import contextlib
@@ -37,10 +38,15 @@ def patch():
             config.vocab_size = VOCABULARY
             return build(config=config)
 
-        module.PaliGemmaForConditionalGenerationWithPiGemma, module.PiGemmaForCausalLM = small_paligemma, small_gemma
+        module.PaliGemmaForConditionalGenerationWithPiGemma, module.PiGemmaForCausalLM = (
+            small_paligemma,
+            small_gemma,
+        )
 
 
-def make(folder, kind="pi0", cameras=("image", "image2"), state_dim=8, action_dim=7, image=56, n_action_steps=10):
+def make(
+    folder, kind="pi0", cameras=("image", "image2"), state_dim=8, action_dim=7, image=56, n_action_steps=10
+):
     """Write the policy and its processors with a byte-level tokenizer. Needs `patch()`."""
     import torch
     from lerobot.configs import FeatureType, PolicyFeature
@@ -56,12 +62,20 @@ def make(folder, kind="pi0", cameras=("image", "image2"), state_dim=8, action_di
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="!").save_pretrained(folder / "tokenizer")
 
-    features = {f"observation.images.{c}": PolicyFeature(type=FeatureType.VISUAL, shape=(3, image, image)) for c in cameras}
+    features = {
+        f"observation.images.{c}": PolicyFeature(type=FeatureType.VISUAL, shape=(3, image, image))
+        for c in cameras
+    }
     features["observation.state"] = PolicyFeature(type=FeatureType.STATE, shape=(state_dim,))
     config = make_policy_config(
-        kind, input_features=features, output_features={"action": PolicyFeature(type=FeatureType.ACTION, shape=(action_dim,))},
-        device="cpu", image_resolution=(image, image), n_action_steps=n_action_steps, tokenizer_max_length=48,
-    )  # fmt: skip
+        kind,
+        input_features=features,
+        output_features={"action": PolicyFeature(type=FeatureType.ACTION, shape=(action_dim,))},
+        device="cpu",
+        image_resolution=(image, image),
+        n_action_steps=n_action_steps,
+        tokenizer_max_length=48,
+    )
     torch.manual_seed(0)
     with contextlib.redirect_stdout(io.StringIO()):
         policy = get_policy_class(kind)(config)
@@ -71,13 +85,23 @@ def make(folder, kind="pi0", cameras=("image", "image2"), state_dim=8, action_di
                 p.data.mul_(3)
         processor = {"pi0": processor_pi0, "pi05": processor_pi05}[kind]
         step = processor.TokenizerProcessorStep
-        processor.TokenizerProcessorStep = lambda tokenizer_name, **options: step(tokenizer_name=str(folder / "tokenizer"), **options)
+        processor.TokenizerProcessorStep = lambda tokenizer_name, **options: step(
+            tokenizer_name=str(folder / "tokenizer"), **options
+        )
         low, high = torch.full((action_dim,), -0.5), torch.full((action_dim,), 0.5)
         stats = {
-            "action": dict(mean=torch.linspace(-0.1, 0.1, action_dim), std=high, q01=low, q99=high, min=low, max=high),
-            "observation.state": dict(mean=torch.zeros(state_dim), std=torch.full((state_dim,), 2.0), q01=torch.full((state_dim,), -3.0),
-                                      q99=torch.full((state_dim,), 3.0), min=torch.full((state_dim,), -3.0), max=torch.full((state_dim,), 3.0)),
-        }  # fmt: skip
+            "action": dict(
+                mean=torch.linspace(-0.1, 0.1, action_dim), std=high, q01=low, q99=high, min=low, max=high
+            ),
+            "observation.state": dict(
+                mean=torch.zeros(state_dim),
+                std=torch.full((state_dim,), 2.0),
+                q01=torch.full((state_dim,), -3.0),
+                q99=torch.full((state_dim,), 3.0),
+                min=torch.full((state_dim,), -3.0),
+                max=torch.full((state_dim,), 3.0),
+            ),
+        }
         make_processors = getattr(processor, f"make_{kind}_pre_post_processors")
         preprocess, postprocess = make_processors(config, stats)
         processor.TokenizerProcessorStep = step

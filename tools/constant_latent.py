@@ -4,24 +4,25 @@
     python tools/constant_latent.py --task libero_goal --per-task --states tuning    # one for each task
 
 The cross-entropy method finds the vector (a "golden ticket", arXiv 2603.15757) on starts of training, whose
-steps count as in training. "best of N": the share of states that one of N tries with N(0, I) solves."""
+steps count as in training. "best of N": the share of states that one of N tries with N(0, I) solves.
+"""
 
-import importlib
 import sys
 from dataclasses import dataclass
 from itertools import count, islice, product
 from pathlib import Path
 from typing import Literal
 
-sys.path.insert(0, str(ROOT := Path(__file__).resolve().parents[1]))
-
+import shared  # first: it makes the folder above known
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from base_flow import FlowBase
-from ranks import CPUS
-from run_files import parse_args, rate, stop, write_table
+from base import Pi0Options, load_base
+from envs import cloned_tasks, load_suite
+from envs.workers import Workers, play_episodes
+from support.ranks import SIMULATORS
+from support.run_files import make_out_folder, parse_args, rate, stop, write_table
 
 CANDIDATES, TRIES = 24, 6  # vectors a generation; training starts a vector, the same for all of a generation
 ARM, NEAR = np.array([0.469, 0.5]), 0.371  # ALOHA's right arm, metres; half of the cube's places are nearer
@@ -29,8 +30,8 @@ ARM, NEAR = np.array([0.469, 0.5]), 0.371  # ALOHA's right arm, metres; half of 
 
 @dataclass
 class Args:
-    task: Literal["aloha", "libero_90_task56", "libero_spatial", "libero_object", "libero_goal", "libero_10"] = "aloha"
-    weights: Path | None = None  # the base; weights/<task>.safetensors if left out
+    task: shared.Task = "aloha"
+    base: str | None = None  # the frozen π_0; weights/<task>.safetensors if left out
     per_task: bool = False  # one vector for each task of a suite, whose steps all count
     per_place: bool = False  # ALOHA: one vector for the nearer half of the cube's places, one for the others
     first_only: bool = False  # send the vector at an episode's first decision only, N(0, I) afterwards
@@ -40,7 +41,7 @@ class Args:
     best_of: int = 16  # N, tries for each state; 0 for none
     states: tuple[Literal["evaluation", "tuning"], ...] = ("evaluation",)  # bases are chosen on the latter
     episodes: int | None = None  # states; if left out 200 (tuning: 400) for aloha, 50 a task for LIBERO
-    workers: int = min(CPUS, 16)  # simulator processes; the results do not depend on it
+    workers: int = SIMULATORS  # simulator processes; the results do not depend on it
     out: Path | None = None  # the table; results/constant_latent/<task>.csv if left out
 
 
@@ -61,40 +62,29 @@ class CrossEntropy:
         self.mean, self.std = elite.mean(0), elite.std(0).clip(0.25)  # it goes on searching
 
 
-def main():
+if __name__ == "__main__":
     args = parse_args(Args, __doc__)
-    aloha = args.task == "aloha"
-    episodes = {k: args.episodes or (50, 400 if k == "tuning" else 200)[aloha] for k in args.states}
-    args.out = args.out or Path("results", "constant_latent", f"{args.task}.csv")
-    for name, least in dict(total_env_steps=0, eval_every=1, best_of=0, episodes=1, workers=1).items():
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            stop(f"--{name.replace('_', '-')} is {getattr(args, name)}; give {least} or more")
-    if not aloha and episodes.get("evaluation", 0) > 50:
-        stop(f"--episodes is {args.episodes}; a task of LIBERO has 50 official initial states")
-    if args.per_task if aloha else args.per_place:
+    shared.check_limits(args, "eval_every episodes workers", 1)
+    shared.check_limits(args, "total_env_steps best_of", 0)
+    if args.per_task if args.task == "aloha" else args.per_place:
         stop(f"--task is {args.task}; --per-task is for LIBERO, --per-place for aloha")
-    try:
-        base = FlowBase.load(args.weights or ROOT / "weights" / f"{args.task}.safetensors", task=args.task)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError) as error:
-        stop(f"--weights or --out: {error}")
+    suite = load_suite(args.task.split("_task")[0])
+    shared.check_limits(args, "episodes", 1, len(suite.starts) if "evaluation" in args.states else 10**9)
+    base = load_base(args.base or f"weights/{args.task}.safetensors", Pi0Options(), suite, "cpu")
+    tasks, out = cloned_tasks(suite, base), args.out or Path(f"results/constant_latent/{args.task}.csv")
+    make_out_folder(out.parent)
     torch.set_num_threads(1)
-    env = importlib.import_module("env_aloha" if aloha else "env_libero")
-    tasks = [0] if aloha else base.header["task_ids"]
     groups, rows = range(2 if args.per_place else len(tasks) if args.per_task else 1), []
 
-    def group_of(start):  # start: (task, cube pose or LIBERO's start); a group of starts has one vector
-        near = args.per_place and np.hypot(*start[1][:2] - ARM) < NEAR
-        return tasks.index(start[0]) if args.per_task else int(near)
-
-    def draw(rng, task):
-        return task, env.sample_box_poses(rng, 1)[0] if aloha else env.placed(rng.integers(2**32))
+    def group_of(task, start):  # of starts; each has one vector
+        near = args.per_place and np.hypot(*start[:2] - ARM) < NEAR
+        return tasks.index(task) if args.per_task else int(near)
 
     states, rng = {}, np.random.default_rng([3, 0])  # 0, 1 and 2: evaluation, training, demonstrations
-    for name, n in episodes.items():
-        places = env.evaluation_poses(n) if aloha else map(env.official, range(n))
-        tuning = (draw(rng, k) for k in tasks for _ in range(n))
-        states[name] = list(tuning if name == "tuning" else product(tasks, places))
+    for name in args.states:
+        n = args.episodes or suite.num_episodes * (2 if name == "tuning" and args.task == "aloha" else 1)
+        tuning = ((task, suite.draw_start(rng)) for task, _ in product(tasks, range(n)))
+        states[name] = list(tuning if name == "tuning" else product(tasks, suite.starts[:n]))
 
     def play(starts, generator, x=None):
         """An episode from every start, with latents x (n, D) or N(0, I). -> success (n,), length (n,)"""
@@ -105,8 +95,7 @@ def main():
             w = torch.randn(len(starts), base.latent_dim, generator=generator) if drawn else x
             return base.decode(base.encode(np.asarray(observations))[1], w).numpy()
 
-        columns = [np.array([p for _, p in starts])] if aloha else zip(*starts)
-        result = env.play_episodes(workers, *columns, act)
+        result = play_episodes(workers, *zip(*starts), act, suite.limit)
         return result["success"], result["length"]  # control steps to the first success, as in training
 
     def report(policy, name, success, **more):
@@ -114,9 +103,9 @@ def main():
         rows.append(dict(policy=policy, **more, states=name, successes=good, episodes=n))
         rows[0]["command"] = " ".join(["python tools/constant_latent.py", *sys.argv[1:]])
         tqdm.write(f"{policy:24} {' '.join(map(str, more.values())):12} {name:10} {rate(good, n)}")
-        write_table(args.out, rows)
+        write_table(out, rows)
 
-    with env.Workers(args.workers, *([] if aloha else [args.task.split("_task")[0], tasks])) as workers:
+    with Workers(suite.build, tasks, args.workers) as workers:
         for name, starts in states.items():
             report("zero latents", name, play(starts, None, np.zeros((len(starts), base.latent_dim)))[0])
             generator, solved = torch.Generator().manual_seed(0), np.zeros(len(starts), dtype=bool)
@@ -133,8 +122,8 @@ def main():
             while (before := steps) < args.total_env_steps:
                 asked, starts = [s.ask(CANDIDATES) for s in searches], []
                 for group in groups:
-                    drawn = (draw(rng, int(rng.choice(tasks))) for _ in count())  # without end
-                    starts += list(islice((s for s in drawn if group_of(s) == group), TRIES)) * CANDIDATES
+                    drawn = ((int(rng.choice(tasks)), suite.draw_start(rng)) for _ in count())  # without end
+                    starts += list(islice((s for s in drawn if group_of(*s) == group), TRIES)) * CANDIDATES
                 success, length = play(starts, generator, np.concatenate(asked).repeat(TRIES, 0))
                 for one, x, solved in zip(searches, asked, success.reshape(-1, CANDIDATES, TRIES)):
                     one.tell(x, solved.mean(1))
@@ -142,10 +131,6 @@ def main():
                 bar.update(steps - before)
                 if steps // args.eval_every > before // args.eval_every or steps >= args.total_env_steps:
                     for name, starts in states.items():
-                        x = [searches[group_of(start)].mean for start in starts]
+                        x = [searches[group_of(*start)].mean for start in starts]
                         success = play(starts, torch.Generator().manual_seed(0), x)[0]
                         report(" ".join(["constant", *form]), name, success, seed=seed, env_steps=steps)
-
-
-if __name__ == "__main__":
-    main()

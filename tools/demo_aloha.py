@@ -1,48 +1,42 @@
-"""A scripted, deliberately imperfect demonstrator of Transfer Cube: what the frozen base policy is cloned from.
+"""A scripted, deliberately imperfect demonstrator of Transfer Cube: what the frozen base is cloned from.
 
-The right arm grasps the cube, brings it to a meeting point, and the left arm takes it over. It grasps in one of two
-ways, each of which works on one part of the table and fails on the other (D15):
+The right arm grasps the cube, brings it to a meeting point, and the left arm takes it over. It grasps in one
+of two ways, each of which works on one part of the table and fails on the other:
 
-- slide: the nearly closed hand is laid flat on the table in front of its own arm, opens, and slides forward around
-  the cube. The wrist cannot bend enough to lay it down nearer than that: it comes down on a nearer cube.
-- hook: the open hand comes down from above, pointing back, and rakes the cube in. It reaches only so far: a cube
-  farther than about 37 cm from the arm is under the hand or beyond it.
+- slide: the nearly closed hand is laid flat on the table in front of its own arm, opens, and slides forward
+  around the cube. The wrist cannot bend enough to lay it down nearer: it comes down on a nearer cube.
+- hook: the open hand comes down from above, pointing back, and rakes the cube in. It reaches only so far: a
+  cube farther than about 37 cm from the arm is under the hand or beyond it.
 
 Which one a demonstrator takes does not depend on where the cube lies: every place is shown with both.
 
-    python tools/demo_aloha.py                              # demos/aloha.npz and the success of each behaviour
+    python tools/demo_aloha.py                        # demos/aloha.npz and the success of each behaviour
     python tools/demo_aloha.py --num-demos 20 --video demos.mp4 --out demos/few.npz
 
-The script is open-loop: fingertip way-points, inverse kinematics, and servo targets that make up for gravity. What is
-executed has smooth noise on it and what is recorded is the clean command, so that a clone learns to recover (DART,
-arXiv 1703.09327).
+The script is open-loop: fingertip way-points, inverse kinematics, and servo targets that make up for gravity.
+What is executed has smooth noise on it and what is recorded is the clean command, so that a clone learns to
+recover (DART, arXiv 1703.09327).
 """
 
-import json
-import multiprocessing
-import os
-import sys
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+import shared  # first: it makes the folder above known
+from envs.aloha import FPS, HORIZON, TASK, Simulator, build, observe, sample_box_poses
+import mujoco  # after that, which picks the OpenGL library
 import numpy as np
 from gym_aloha.constants import START_ARM_POSE
-from statsmodels.stats.proportion import proportion_confint
-from tqdm import tqdm
 
-from mujoco_state import opengl_problem  # before mujoco: it picks the OpenGL library
-import mujoco
-from env_aloha import FPS, HORIZON, Simulator, observe, sample_box_poses, strict_success
-from run_files import parse_args
+from envs import load_suite
+from envs.workers import Workers
+from support.run_files import parse_args
 
 MODES = ("slide", "hook")
 KNOT = 5  # control steps between two solutions of the inverse kinematics
 TIP = 0.135  # metres from the gripper's body to between its fingertips
 ARM = np.array([0.469, 0.5])  # where the right arm stands, metres
-SLIDE_PITCH, SLIDE_START = -8, 0.332  # degrees, 0 is level; metres from the arm at which the flat hand comes down
+SLIDE_PITCH, SLIDE_START = -8, 0.332  # degrees, 0 is level; metres from the arm where the flat hand lands
 HOOK_PITCH, HOOK_BEYOND = -150, 0.030  # degrees, -90 is straight down; metres behind the cube it comes down
 HOOK_REACH = 0.260  # and never closes farther from the arm than this, metres
 MEET_PITCH = -15  # degrees of the right gripper at the hand-over
@@ -53,36 +47,28 @@ MOMENTS = (0, 20, 40, 60, 90, 132, 160, 205, 300)  # control steps of the strip 
 
 @dataclass
 class Args:
-    num_demos: int = 1000
-    """number of demonstrations, two of each cube pose"""
-    seed: int = 0
-    """of cube poses and noise"""
-    noise: float = 0.001
-    """standard deviation of grasp and meeting points, metres; the grasp's pitch has 500 degrees for each metre"""
-    command_noise: float = 0.015
-    """largest amplitude of the smooth noise on the executed joint commands, rad; none on the grippers"""
-    workers: int = 2
-    """simulator processes"""
-    out: Path = Path("demos/aloha.npz")
-    """where the demonstrations go"""
-    overwrite: bool = False
-    """replace an existing file"""
-    video: Path | None = None
-    """also write an mp4, or a png of nine moments, with a success and a failure of each behaviour (needs EGL)"""
+    num_demos: int = 1000  # number of demonstrations, two of each cube pose
+    seed: int = 0  # of cube poses and noise
+    noise: float = 0.001  # standard deviation of grasp and meeting points, m; of the pitch, 500 degrees a m
+    command_noise: float = 0.015  # largest amplitude of the smooth noise on executed joint commands, rad
+    workers: int = 2  # simulator processes
+    out: Path = Path("demos/aloha.npz")  # where the demonstrations go
+    overwrite: bool = False  # replace an existing file
+    video: Path | None = None  # also an mp4, or a png of nine moments: each behaviour right and wrong (EGL)
 
 
 class Demonstrator:
-    """Way-points, inverse kinematics on gym-aloha's joint model, and the servo targets that hold against gravity."""
+    """Way-points, inverse kinematics on gym-aloha's joint model, servo targets that hold against gravity."""
 
     def __init__(self, simulator):
         self.model, self.data = simulator.model, mujoco.MjData(simulator.model)
         self.dofs = {"left": np.arange(6), "right": np.arange(8, 14)}
         self.bodies = {side: self.model.body(f"vx300s_{side}/gripper_link").id for side in self.dofs}
         self._start()
-        self.start_tip = {}
+        self.start_tip, self.start_rotation = {}, {}
         for side, body in self.bodies.items():
             self.start_tip[side] = self.data.xpos[body] + TIP * self._forward(side)
-        self.start_rotation = {side: self.data.xmat[body].reshape(3, 3).copy() for side, body in self.bodies.items()}
+            self.start_rotation[side] = self.data.xmat[body].reshape(3, 3).copy()
 
     def _start(self):
         self.data.qpos[:16] = START_ARM_POSE
@@ -145,35 +131,35 @@ class Demonstrator:
         for k in range(len(times)):
             for side, offset in (("left", 0), ("right", 7)):
                 x, y, z, angle, gripper = paths[side][k]
-                axis = np.array([1.0, 0, 0]) if side == "left" else np.array([0, 1.0, 0])
-                rotation = rotation_about(axis, np.deg2rad(angle))
-                if side == "right":  # the hand points away from the arm's foot, so that the arm stays in one plane
-                    rotation = rotation_about(np.array([0, 0, 1.0]), np.arctan2(ARM[1] - y, ARM[0] - x)) @ rotation
+                rotation = rotation_about("y" if side == "right" else "x", np.deg2rad(angle))
+                if side == "right":  # it points away from the arm's foot: the arm stays in one plane
+                    rotation = rotation_about("z", np.arctan2(ARM[1] - y, ARM[0] - x)) @ rotation
                 self._solve(side, np.array([x, y, z]) - TIP * rotation @ self._forward(side), rotation)
                 actions[k, offset : offset + 6] = self.data.qpos[self.dofs[side]]
                 actions[k, offset + 6] = gripper
             self.data.qvel[:] = 0
             mujoco.mj_forward(self.model, self.data)
             for side, offset in (("left", 0), ("right", 7)):
-                # a position servo settles where kp (target - q) = gravity, so the target leads q by gravity / kp
+                # a position servo settles where kp (target - q) = gravity: the target leads q by gravity / kp
                 lead = self.data.qfrc_bias[self.dofs[side]] / self.model.actuator_gainprm[self.dofs[side], 0]
                 actions[k, offset : offset + 6] += lead
         steps = np.arange(HORIZON)
         return np.stack([np.interp(steps, times, column) for column in actions.T], -1)
 
     def _solve(self, side, position, rotation, iterations=8):
-        """Damped least squares from the last solution: gripper at `position`, turned by `rotation` from the start."""
+        """Damped least squares from the last solution. position: the gripper's, rotation: from its start."""
         model, data, body, dofs = self.model, self.data, self.bodies[side], self.dofs[side]
         target = rotation @ self.start_rotation[side]
-        # Where the wrist is straight, forearm and wrist roll turn about one axis and may drift to the flipped solution
-        # at their limits: a weak pull keeps both near 0.
+        # Where the wrist is straight, forearm and wrist roll turn about one axis and may drift to the flipped
+        # solution at their limits: a weak pull keeps both near 0.
         pull = 0.02 * np.eye(6)[[3, 5]]
         jac_p, jac_r = np.zeros((3, model.nv)), np.zeros((3, model.nv))
         for _ in range(iterations):
             mujoco.mj_kinematics(model, data)
             mujoco.mj_comPos(model, data)
             error_p = position - data.xpos[body]
-            error_r = 0.5 * np.cross(data.xmat[body].reshape(3, 3).T, target.T).sum(0)  # columns, small angles
+            columns = data.xmat[body].reshape(3, 3).T
+            error_r = 0.5 * np.cross(columns, target.T).sum(0)  # of small angles
             mujoco.mj_jacBody(model, data, jac_p, jac_r, body)
             jacobian = np.concatenate([jac_p[:, dofs], 0.3 * jac_r[:, dofs], pull])  # 0.3 m for a radian
             error = np.concatenate([error_p, 0.3 * error_r, -pull @ data.qpos[dofs]])
@@ -183,8 +169,9 @@ class Demonstrator:
 
 
 def rotation_about(axis, angle):
+    """A turn by `angle` (rad) about the axis "x", "y" or "z". -> (3, 3)"""
     quaternion, matrix = np.zeros(4), np.zeros(9)
-    mujoco.mju_axisAngle2Quat(quaternion, axis, angle)
+    mujoco.mju_axisAngle2Quat(quaternion, np.eye(3)["xyz".index(axis)], angle)
     mujoco.mju_quat2Mat(matrix, quaternion)
     return matrix.reshape(3, 3)
 
@@ -199,108 +186,59 @@ def smooth_noise(rng, amplitude):
     return noise
 
 
-def demonstrate(job):
-    """One demonstration. -> observations (HORIZON, 21), commands (HORIZON, 14), official, strict, qpos (T + 1, 23)"""
-    global simulator, demonstrator
-    if "simulator" not in globals():  # once a process
-        simulator = Simulator()
-        demonstrator = Demonstrator(simulator)
-    mode, box_pose, noise, command_noise, seed = job
-    rng = np.random.default_rng(seed)
-    actions = demonstrator.plan(mode, box_pose, noise, rng)
+def demonstrate(simulators, mode, box_pose, noise, command_noise, seed):
+    """One demonstration, T = HORIZON. -> observations (T, 21), commands (T, 14), success, frames (T + 1, 23);
+    None if the physics diverged."""
+    simulator, rng = simulators[TASK], np.random.default_rng(seed)
+    actions = Demonstrator(simulator).plan(mode, box_pose, noise, rng)
     executed = actions + smooth_noise(rng, rng.uniform(0, command_noise))
     chunk = simulator.run(simulator.reset(box_pose)[0], executed, record=True)
-    if chunk.diverged:  # left out of the data
+    if chunk.diverged:
         return None
-    observations = observe(chunk.qpos[:-1]).astype(np.float32)
-    return observations, actions.astype(np.float32), (chunk.rewards == 4).any(), strict_success(chunk.held), chunk.qpos
+    observations = observe(chunk.frames[:-1]).astype(np.float32)
+    return observations, actions.astype(np.float32), chunk.success.any(), chunk.frames
 
 
 def make_demos(args):
-    """Demonstrations as a dict of arrays: observations (n, T, 21), actions (n, T, 14), official, strict, mode (n,),
-    qpos (n, T + 1, 23), box (n, 7)."""
-    rng = np.random.default_rng([2, args.seed])  # 2: demonstrations; 0 and 1 are evaluation and training
+    """Demonstrations as a dict of arrays: observations (n, T, 21), actions (n, T, 14), success, mode (n,),
+    frames (n, T + 1, 23), box (n, 7)."""
+    n, rng = args.num_demos, np.random.default_rng([2, args.seed])  # 2: not evaluation (0) or training (1)
     # each place twice, once a behaviour: no chance correlation of the two that a clone could learn
-    poses = sample_box_poses(rng, -(-args.num_demos // len(MODES))).repeat(len(MODES), 0)
-    modes = np.arange(args.num_demos) % len(MODES)
-    jobs = [(modes[i], poses[i], args.noise, args.command_noise, [2, args.seed, i + 1]) for i in range(args.num_demos)]
-    with multiprocessing.get_context("spawn").Pool(min(args.workers, args.num_demos)) as pool:
-        results = list(tqdm(pool.imap(demonstrate, jobs, chunksize=2), total=len(jobs), desc="demonstrations"))
-    kept = [i for i, r in enumerate(results) if r is not None]
-    names = ("observations", "actions", "official", "strict", "qpos")
-    columns = {name: np.array([results[i][c] for i in kept]) for c, name in enumerate(names)}
-    return dict(columns, mode=modes[kept], box=poses[kept])
-
-
-def interval(successes, n):
-    """'41.5 % [34.9, 48.4]': share with the Wilson interval."""
-    low, high = proportion_confint(successes, n, method="wilson")
-    return f"{100 * successes / n:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
-
-
-def check(args):
-    """What is wrong with the command line, in one sentence, or None."""
-    for flag in ("num_demos", "workers"):
-        if getattr(args, flag) < 1:
-            return f"--{flag.replace('_', '-')} is {getattr(args, flag)}: give 1 or more."
-    if args.seed < 0:
-        return f"--seed is {args.seed}: give 0 or more."
-    for flag in ("noise", "command_noise"):
-        if not 0 <= getattr(args, flag) <= 0.5:
-            return f"--{flag.replace('_', '-')} is {getattr(args, flag)}: give a number from 0 to 0.5."
-    if args.out.exists() and not args.overwrite:
-        return f"--out {args.out} exists: give another path, or --overwrite to replace it."
-    if args.video and args.video.suffix not in (".mp4", ".png"):
-        return f"--video is {args.video}: give a path that ends in .mp4, or in .png for a strip of pictures."
-    if args.video and (problem := opengl_problem()):
-        return f"--video {args.video} needs OpenGL: {problem}, or leave the flag out."
+    poses = sample_box_poses(rng, -(-n // len(MODES))).repeat(len(MODES), 0)
+    modes = np.arange(n) % len(MODES)
+    seeds, same = [[2, args.seed, i + 1] for i in range(n)], ([args.noise] * n, [args.command_noise] * n)
+    with Workers(build, [TASK], args.workers, timeout=3600) as workers:
+        results = workers.map(demonstrate, modes, poses, *same, seeds, description="demonstrations")
+    kept = [i for i, result in enumerate(results) if result is not None]
+    names = ("observations", "actions", "success", "frames")
+    demos = {name: np.array([results[i][c] for i in kept]) for c, name in enumerate(names)}
+    return dict(demos, mode=modes[kept], box=poses[kept])
 
 
 def run(args):
     """Make the demonstrations of `args`, print their success and write them to args.out (and args.video)."""
+    shared.check_limits(args, "num_demos workers", 1)
+    shared.check_limits(args, "seed", 0)
+    shared.check_limits(args, "noise command_noise", 0, 0.5)
+    shared.check_files(args, ".mp4", ".png")
+    load_suite("aloha", pictures=args.video is not None)  # stops if they cannot be drawn
     demos = make_demos(args)
-    settings = {k: v for k, v in vars(args).items() if k not in ("workers", "out", "overwrite", "video")}
-    values = {k: " ".join(map(str, v)) if isinstance(v, tuple) else v for k, v in settings.items()}
-    flags = [f"--{k.replace('_', '-')} {v}" for k, v in values.items()]
-    settings["command"] = " ".join(["python tools/demo_aloha.py", *flags, f"--out {args.out.as_posix()}"])
-    settings["success"] = {}
-    for mode, name in [*enumerate(MODES), (None, "all")]:
-        chosen = demos["mode"] == mode if mode is not None else np.ones(len(demos["mode"]), dtype=bool)
-        if n := int(chosen.sum()):
-            official, strict = demos["official"][chosen].sum(), demos["strict"][chosen].sum()
-            print(f"{name:15s} {n:5d} demonstrations: official {interval(official, n)}, strict {interval(strict, n)}")
-            settings["success"][name] = dict(n=n, official=round(official / n, 4), strict=round(strict / n, 4))
-    qpos = demos.pop("qpos")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    part = args.out.with_suffix(".part.npz")
-    np.savez_compressed(part, settings=json.dumps(settings), **demos)
-    part.replace(args.out)
-    print(f"wrote {args.out}")
-    if args.video:
-        import imageio.v2 as imageio  # ffmpeg, for this flag only
-
-        first = []
-        for mode in range(len(MODES)):
-            for good in (True, False):
-                first.extend(np.flatnonzero((demos["mode"] == mode) & (demos["official"] == good))[:1])
-        args.video.parent.mkdir(parents=True, exist_ok=True)
-        moments = list(MOMENTS) if args.video.suffix == ".png" else slice(None, None, 2)
-        episodes = [Simulator().render(qpos[i][moments]) for i in first]  # (frames, height, width, 3) each
-        if args.video.suffix == ".png":
-            rows = [np.concatenate(list(frames[:, 60:195]), 1) for frames in episodes]  # the table only
-            imageio.imwrite(args.video, np.concatenate(rows)[::2, ::2])
-        else:
-            imageio.mimwrite(args.video, np.concatenate(episodes), fps=FPS // 2, macro_block_size=1)
-        print(f"wrote {args.video}")
-
-
-def main():
-    args = parse_args(Args, __doc__)
-    if problem := check(args):
-        print(problem, file=sys.stderr)
-        sys.exit(2)
-    run(args)
+    frames, mode, good = demos.pop("frames"), demos["mode"], demos["success"]
+    parts = {name: good[mode == k] for k, name in enumerate(MODES)}
+    shared.write_demos(args, "demo_aloha", demos, parts | {"all": good})
+    if args.video is None:
+        return
+    first = []
+    for kind in product(range(len(MODES)), (True, False)):
+        first.extend(np.flatnonzero((mode == kind[0]) & (good == kind[1]))[:1])
+    png = args.video.suffix == ".png"
+    episodes = [Simulator().render(frames[i][list(MOMENTS) if png else slice(None, None, 2)]) for i in first]
+    if png:
+        rows = [np.concatenate(list(pictures[:, 60:195]), 1) for pictures in episodes]  # the table only
+        shared.write_film(args.video, np.concatenate(rows)[::2, ::2], None)
+    else:
+        shared.write_film(args.video, np.concatenate(episodes), FPS // 2)
 
 
 if __name__ == "__main__":
-    main()
+    run(parse_args(Args, __doc__))

@@ -1,61 +1,56 @@
-"""The scripted, deliberately imperfect demonstrator of LIBERO's tasks: what the frozen base policies are cloned from.
+"""The scripted, deliberately imperfect demonstrator of LIBERO's tasks: what the frozen bases are cloned from.
 
-It works from the goal in the task's BDDL file: for every (on/in, object, place) it grasps the object from above, carries it
-and lets go. It knows all poses and shapes. Two distinct behaviours are mixed (D14): a *deep* grasp, which works, and a
-*short* grasp, which stops before and above the object, closes on nothing and carries nothing to the goal. With --spots
-both are deep, and each works for one half of the placements (D15): the hand comes low to a *near* spot or high to a
-*far* one, always the same distance from the robot, whether the object lies there or its end is just out of reach.
+It works from the goal in the task's BDDL file: for every (on/in, object, place) it grasps the object from
+above, carries it and lets go. It knows all poses and shapes. Two distinct behaviours are mixed: a
+*deep* grasp, which works, and a *short* grasp, which stops before and above the object, closes on nothing and
+carries nothing to the goal. With --spots both are deep, and each works for one half of the placements:
+the hand comes low to a *near* spot or high to a *far* one, always the same distance from the robot, whether
+the object lies there or its end is just out of reach.
 
-    python tools/demo_libero.py --suite libero_90 --task-ids 56 --spots 0.045 0.050      # demos/libero_90_task56.npz
+    python tools/demo_libero.py --task-ids 56 --spots 0.045 0.050      # demos/libero_90_task56.npz
     python tools/demo_libero.py --suite libero_goal --task-ids 1,2     # demos/libero_goal_task1_2.npz
-    python tools/demo_libero.py --table --out table.csv                # all 40 tasks from their official initial states
+    python tools/demo_libero.py --table --out table.csv                # all 40 tasks, official states
 
-Demonstrations start from placements drawn from the BDDL regions, never from an official initial state. Now and then the arm is
-pushed aside and what is recorded is the clean command, so that a clone learns to recover (as in DART, arXiv 1703.09327).
+Demonstrations start from placements drawn from the BDDL regions, never from an official initial state. Now
+and then the arm is pushed aside and what is recorded is the clean command, so that a clone learns to recover
+(as in DART, arXiv 1703.09327).
 """
 
-import json
-import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+import shared  # first: it makes the folder above known
 import numpy as np
-from tqdm import tqdm
 
-from env_libero import (
-    FPS, OFFICIAL_STATES, STEP_LIMIT, TASKS, TaskSimulators, libero_problem, official, parse_task_ids, placed, suite,
-)  # fmt: skip
-from run_files import parse_args, wilson, write_table
-from worker_pool import WorkerPool
+from envs import libero, load_suite
+from envs.workers import Workers
+from support.run_files import parse_args, rate, stop, write_table
 
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
-# Tasks that a suite's base is cloned on. The others need a drawer, a knob, a door or a push, or fail too often (--table).
-COVERED = dict(libero_spatial=[0, 1, 2, 3, 5, 6, 7, 8, 9], libero_object=list(range(10)), libero_goal=[1, 2, 4, 6, 8, 9],
-               libero_10=[0, 1, 4, 5, 6, 7], libero_90=[56])  # fmt: skip
+# What bases are cloned on. The others need a drawer, a knob, a door or a push, or fail too often (--table)
+COVERED = dict(libero_spatial=[0, 1, 2, 3, 5, 6, 7, 8, 9], libero_object=list(range(10)), libero_90=[56])
+COVERED |= dict(libero_goal=[1, 2, 4, 6, 8, 9], libero_10=[0, 1, 4, 5, 6, 7])
 OPEN, CLOSED = -1.0, 1.0
 GAIN = 20.0  # of the position command: full speed (1) is 5 cm off
 # Grasped at the rim, so far from the centre (metres); everything else is grasped across its narrow side
-RIM = dict(akita_black_bowl=0.050, white_bowl=0.055, glazed_rim_porcelain_ramekin=0.040, porcelain_mug=0.040, white_yellow_mug=0.040,
-           red_coffee_mug=0.040)  # fmt: skip
-BELOW_TOP = dict(moka_pot=0.015, wine_bottle=0.05, black_book=0.03)  # grip height of some, metres below the top
+MUGS = dict(porcelain_mug=0.040, white_yellow_mug=0.040, red_coffee_mug=0.040)
+RIM = dict(akita_black_bowl=0.050, white_bowl=0.055, glazed_rim_porcelain_ramekin=0.040, **MUGS)
+BELOW_TOP = dict(moka_pot=0.015, wine_bottle=0.05, black_book=0.03)  # grip height of some, m below the top
 FINE_GAIN = 60.0  # where an object is set down: the controller stops short of its goal by up to half the way
 REACH = 0.74  # metres from the robot's base, horizontally; farther the arm is nearly straight
 SHORT = np.array([-0.045, 0.0, 0.02])  # where the short grasp closes, from the upper end of the object
-SPOTS, HEIGHTS = ("near", "far"), (0.04, 0.18)  # at which the hand comes to its spot, metres over the grip
+HEIGHTS = 0.04, 0.18  # at which the hand comes to its near or far spot, metres over the grip
 
 
 class Demonstrator:
-    """The script of one episode, as a generator of actions: `next(demonstrator.actions)` looks at the simulator and acts."""
+    """The script of one episode, a generator of actions: `next(demonstrator.actions)` looks and acts."""
 
     def __init__(self, simulator, deep, spot=None):
-        """deep: whether the grasp of each goal in turn is deep (list of bool). spot: x where the hand grips, whether or
-        not the object lies there, and the height over it at which it comes (m); None where it looks."""
-        self.sim, self.env, self.data, self.deep, self.spot = simulator, simulator.env, simulator.data, deep, spot
+        """deep: whether the grasp of each goal in turn is deep (list of bool). spot: x where the hand grips,
+        whether or not the object lies there, and the height over it at which it comes (m); None: it looks."""
+        self.sim, self.env, self.data = simulator, simulator.env, simulator.data
+        self.deep, self.spot = deep, spot
         self.robot = self.data.body("robot0_base").xpos
         self.turned = None  # rotation that the hand shall have
         self.actions = self._script()
@@ -71,7 +66,7 @@ class Demonstrator:
         return self.data.site_xmat[self.sim.site].reshape(3, 3)
 
     def _box(self, name):
-        """Bounding box of an object: centre and half size in the world, its rotation, half size in its own frame."""
+        """Bounding box of an object: centre and half size (m) in the world, rotation, own half size."""
         model, body = self.sim.model, self.env.obj_body_id[name]
         low, high = np.full(3, 9.0), np.full(3, -9.0)
         origin, rotation = self.data.xpos[body], self.data.xmat[body].reshape(3, 3)
@@ -82,7 +77,8 @@ class Demonstrator:
             centre = rotation.T @ (self.data.geom_xpos[geom] - origin) + turn @ model.geom_aabb[geom, :3]
             half = np.abs(turn) @ model.geom_aabb[geom, 3:]
             low, high = np.minimum(low, centre - half), np.maximum(high, centre + half)
-        return origin + rotation @ ((low + high) / 2), np.abs(rotation) @ ((high - low) / 2), rotation, (high - low) / 2
+        middle, half = (low + high) / 2, (high - low) / 2
+        return origin + rotation @ middle, np.abs(rotation) @ half, rotation, half
 
     def _grasp(self, name, tries):
         """Grip point (3,), and the direction along which the fingers close."""
@@ -90,24 +86,32 @@ class Demonstrator:
         centre, half, rotation, own_half = self._box(name)
         top, bottom = centre[2] + half[2], centre[2] - half[2]
         if category in RIM:
-            across = rotation[:, 1] if "mug" in category else np.array([0.0, 1.0, 0.0])  # a mug's handle is along its x
+            # a mug's handle is along its x
+            across = rotation[:, 1] if "mug" in category else np.array([0.0, 1.0, 0.0])
             across = across * [1, 1, 0] / np.linalg.norm(across[:2])
             origin = self.data.xpos[self.env.obj_body_id[name]]
-            others = [self.data.xpos[body] for other, body in self.env.obj_body_id.items() if other != name]
-            clearance = [min(np.linalg.norm((origin + side * 0.09 * across - o)[:2]) for o in others) for side in (1, -1)]
-            side = 1 if clearance[0] >= clearance[1] else -1  # the side of the rim with more room, the other one next time
+            bodies = [body for other, body in self.env.obj_body_id.items() if other != name]
+            sides = origin[:2] + 0.09 * np.outer([1, -1], across[:2])
+            room = [np.linalg.norm(self.data.xpos[bodies, :2] - point, axis=1).min() for point in sides]
+            side = 1 if room[0] >= room[1] else -1  # of the rim; the other one next time
             if np.linalg.norm((origin + side * RIM[category] * across - self.robot)[:2]) > REACH:
-                side = 1 if (origin - self.robot) @ across < 0 else -1  # stretched out, the arm does not get where it is told
+                # stretched out, the arm does not get where it is told
+                side = 1 if (origin - self.robot) @ across < 0 else -1
             side = -side if tries % 2 else side
             grip = origin + side * RIM[category] * across
             grip[2] = max(top - 0.028, bottom + 0.015)
             return grip, across, top
         level = [i for i in range(3) if abs(rotation[2, i]) < 0.7]
         axis = min(level, key=lambda i: own_half[i])
-        if len(level) == 2 and abs(own_half[level[0]] - own_half[level[1]]) < 0.012 and max(own_half[level]) < 0.037:
-            axis = max(level, key=lambda i: abs(rotation[:2, i] @ self.hand_rotation[:2, 0]))  # nearly square: turn little
+        sides = own_half[level]
+        # nearly square: turn little
+        if len(level) == 2 and abs(sides[0] - sides[1]) < 0.012 and max(sides) < 0.037:
+            axis = max(level, key=lambda i: abs(rotation[:2, i] @ self.hand_rotation[:2, 0]))
         grip, across = centre.copy(), rotation[:, axis]
-        grip[2] = max(bottom + 0.010, min(centre[2] + 0.01, top - 0.005)) if half[2] > 0.03 else max(bottom + 0.008, centre[2] - 0.004)
+        if half[2] > 0.03:
+            grip[2] = max(bottom + 0.010, min(centre[2] + 0.01, top - 0.005))
+        else:
+            grip[2] = max(bottom + 0.008, centre[2] - 0.004)
         if category in BELOW_TOP:
             grip[2] = top - BELOW_TOP[category]
         if category == "moka_pot":  # its handle sticks out of the box
@@ -169,9 +173,8 @@ class Demonstrator:
         if self.spot:
             grip[0] = self.spot[0]
         self._turn_to(across)
-        body = self.env.obj_body_id[name]
-        start_height = self.data.xpos[body][2]
-        height = lambda: self.data.xpos[body][2] - start_height
+        thing = self.data.xpos[self.env.obj_body_id[name]]  # a view: where the object is at any time
+        start_height = thing[2]
 
         above = np.r_[grip[:2], grip[2] + (self.spot[1] if self.spot else 0.10)]
         if tries:
@@ -193,37 +196,42 @@ class Demonstrator:
         place = self.sim.point(goal[2]).copy()
         centre, half, *_ = self._box(name)
         carry = max(place[2] + 0.16, grip[2] + 0.06, start_height + 0.08)
-        carry_above = self.hand[2] - (centre[2] - half[2]) if deep else 0  # of the hand over the object's bottom
+        # of the hand over the object's bottom
+        carry_above = self.hand[2] - (centre[2] - half[2]) if deep else 0
         carry += carry_above
         if place[2] - start_height < 0.15:
             carry = min(carry, grip[2] + 0.35)
         for _ in range(40):
             yield self._move(np.r_[grip[:2], carry], CLOSED)
-            if deep and height() < 0.02 and self.hand[2] > grip[2] + 0.06:
+            if deep and thing[2] - start_height < 0.02 and self.hand[2] > grip[2] + 0.06:
                 return
             if self.hand[2] > carry - 0.02:
                 break
 
         low = min(carry, place[2] + 0.16 + carry_above)
-        held = lambda: (self.hand - self.data.xpos[body]) * [1, 1, 0] if deep else np.zeros(3)
-        apart, ways = np.linalg.norm(self.hand - self.data.xpos[body]), []
+        level = np.array([1, 1, 0]) * deep  # the hand keeps so far from the object as it holds it
+        apart, ways = np.linalg.norm(self.hand - thing), []
         for _ in range(80):
             place = self.sim.point(goal[2]).copy()
             away = np.linalg.norm((self.hand - grip)[:2]) > 0.15  # from what the object stood on
-            yield self._move(np.r_[(place + held())[:2], low if away else carry], CLOSED, FINE_GAIN)
-            if deep and np.linalg.norm(self.hand - self.data.xpos[body]) > apart + 0.04:
+            there = place + level * (self.hand - thing)
+            yield self._move(np.r_[there[:2], low if away else carry], CLOSED, FINE_GAIN)
+            if deep and np.linalg.norm(self.hand - thing) > apart + 0.04:
                 return
-            ways.append(np.linalg.norm((self.hand - held() - place)[:2]))
-            if ways[-1] < 0.012 or len(ways) > 30 and ways[-6] - ways[-1] < 0.002:  # there, or stretched out: lower down it reaches farther
+            ways.append(np.linalg.norm((self.hand - level * (self.hand - thing) - place)[:2]))
+            # there, or stretched out: lower down it reaches farther
+            if ways[-1] < 0.012 or len(ways) > 30 and ways[-6] - ways[-1] < 0.002:
                 break
 
         surface = place[2] - (0.03 if goal[2] in self.env.object_sites_dict and goal[0] == "in" else 0)
         heights = []
         for _ in range(50 if deep else 8):
-            yield self._move(np.r_[(place + held())[:2], self.hand[2] - 0.02], CLOSED, FINE_GAIN)
+            there = place + level * (self.hand - thing)
+            yield self._move(np.r_[there[:2], self.hand[2] - 0.02], CLOSED, FINE_GAIN)
             heights.append(self.hand[2])
             centre, half, *_ = self._box(name)
-            if deep and (centre[2] - half[2] < surface + 0.025 or len(heights) > 8 and abs(heights[-6] - heights[-1]) < 0.004):
+            stuck = len(heights) > 8 and abs(heights[-6] - heights[-1]) < 0.004
+            if deep and (centre[2] - half[2] < surface + 0.025 or stuck):
                 break
         rest = self.hand
         for _ in range(8):
@@ -235,8 +243,8 @@ class Demonstrator:
 
 
 def pushes(rng, steps, amplitude):
-    """What is added to the executed commands: now and then a push of six steps in one random direction, and nothing in between, so that
-    the recorded commands are those of an undisturbed recovery. -> (steps, 7)"""
+    """What is added to the executed commands: now and then a push of six steps in one random direction, and
+    nothing in between, so that recorded commands are those of an undisturbed recovery. -> (steps, 7)"""
     noise, t = np.zeros((steps, 7)), rng.integers(0, 50)
     while t < steps:
         noise[t : t + 6] = rng.uniform(0, amplitude) * rng.normal(size=7) * [1, 1, 1, 0.3, 0.3, 0.3, 0]
@@ -244,225 +252,156 @@ def pushes(rng, steps, amplitude):
     return noise
 
 
-def demonstrate(simulators, task_id, start, deep, limit, idle, push, seed, record, spot=None):
-    """One episode. deep: per goal. spot: see Demonstrator. -> observations (T, S), clean commands (T, 7), success, frames or None, whether pushed (T,).
-
-    It ends at success, at `limit`, or after `idle` steps in which the script had nothing left to do.
-    """
-    simulator, rng = simulators[task_id], np.random.default_rng(seed)
+def demonstrate(simulators, task, start, deep, spot, seed, limit, idle, push, record):
+    """One episode; it ends at success, at `limit`, or after `idle` steps in which the script had nothing to
+    do. deep, spot: see Demonstrator; push: amplitude. -> dict of observations (T, S), clean actions (T, 7),
+    success, pushed (T,) and frames (T, F) or None; None if the physics diverged."""
+    simulator, rng = simulators[task], np.random.default_rng(seed)
     state, observation = simulator.reset(start)
     demonstrator = Demonstrator(simulator, deep, spot)
     noise = pushes(rng, limit, push)
-    observations, commands, frames, waited = [], [], [], 0
+    observations, actions, frames, waited = [], [], [], 0
     for t in range(limit):
         command = np.clip(next(demonstrator.actions), -1, 1)
         chunk = simulator.run(state, np.clip(command + noise[t], -1, 1)[None], record=record)
         if chunk.diverged:
             return None
         observations.append(observation)
-        commands.append(command)
+        actions.append(command)
         if record:
             frames.append(chunk.frames[-1])
         state, observation = chunk.state, chunk.observation
         waited = waited + 1 if np.abs(command[:3]).max() < 0.05 and command[6] == OPEN else 0
         if chunk.success.any() or waited >= idle:
             break
-    success = bool(chunk.success.any())
-    pushed = noise[: len(commands)].any(1)
-    return np.array(observations, np.float32), np.array(commands, np.float32), success, np.array(frames) if record else None, pushed
+    arrays = dict(observations=np.array(observations, np.float32), actions=np.array(actions, np.float32))
+    films = dict(frames=np.array(frames) if record else None, pushed=noise[: len(actions)].any(1))
+    return dict(arrays, **films, success=bool(chunk.success.any()))
 
 
 @dataclass
 class Args:
     suite: Literal["libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"] = "libero_90"
-    """the suite"""
-    task_ids: str = "all"
-    """tasks of the suite: numbers with commas, or all"""
-    num_demos: int = 800
-    """number of demonstrations a task"""
-    seed: int = 0
-    """of placements, behaviours and noise"""
-    deep_share: float = 0.5
-    """share of deep grasps, 0 ... 1, where the object lies half-way"""
-    share_slope: float = 1.0
-    """the share is this much larger where the object lies farthest from the robot, smaller where nearest ..."""
-    share_limits: tuple[float, float] = (0.15, 0.85)
-    """... within these limits"""
+    task_ids: str = "all"  # tasks of the suite: numbers with commas, or all
+    num_demos: int = 800  # number of demonstrations a task
+    seed: int = 0  # of placements, behaviours and noise
+    deep_share: float = 0.5  # share of deep grasps, 0 … 1, where the object lies half-way
+    share_slope: float = 1.0  # so much larger where it lies farthest from the robot, smaller where nearest …
+    share_limits: tuple[float, float] = (0.15, 0.85)  # … within these limits
     spots: tuple[float, float] = (0.0, 0.0)
-    """grip so far (m) before and behind where the object lies on average, instead of deep and short; 0 0 is off (D15)"""
-    push: float = 0.6
-    """largest amplitude of the pushes on the executed commands (1 is full speed); none on the gripper"""
-    workers: int = 2
-    """simulator processes"""
-    out: Path | None = None
-    """where the demonstrations go; demos/<suite>.npz, or with _task<ids>, if left out; --table's is results/libero/demonstrators.csv"""
-    overwrite: bool = False
-    """replace an existing file"""
-    table: bool = False
-    """instead: deep grasps alone, from the official initial states of all 40 tasks"""
-    table_states: int = OFFICIAL_STATES
-    """initial states a task of --table"""
-    video: Path | None = None
-    """also write an mp4 with one episode of each behaviour (needs EGL)"""
-
-
-def interval(successes, n):
-    """'41.5 % [34.9, 48.4]': share with the Wilson interval."""
-    low, high = wilson(successes, n)
-    return f"{100 * successes / n:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
-
-
-def covered(name, task_id):
-    """Whether every goal of a task is to put something somewhere, which is what the demonstrator can do."""
-    from libero.libero.envs.bddl_utils import robosuite_parse_problem
-
-    return all(len(goal) == 3 for goal in robosuite_parse_problem(suite(name).get_task_bddl_file_path(task_id))["goal_state"])
+    """grip so far (m) before and behind the mean place of the object, not deep or short; 0 0: off"""
+    push: float = 0.6  # largest amplitude of the pushes on executed commands; 1 is full speed
+    workers: int = 2  # simulator processes
+    out: Path | None = None  # demos/<suite>[_task<ids>].npz, or demonstrators.csv of results/
+    overwrite: bool = False  # replace an existing file
+    table: bool = False  # instead: deep grasps alone, from the official initial states of all 40 tasks
+    table_states: int = libero.OFFICIAL_STATES  # initial states a task of --table
+    video: Path | None = None  # also write an mp4 with one episode of each behaviour (needs EGL)
 
 
 def table(args):
     """Success of the deep grasp over the official initial states of the 40 tasks, into args.out."""
+    from libero.libero.envs.bddl_utils import robosuite_parse_problem
+
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    rows = []
+    rows, n = [], args.table_states
     for name in SUITES:
-        with WorkerPool(args.workers, TaskSimulators, name, range(TASKS[name])) as pool:
-            for k in range(TASKS[name]):
-                n = args.table_states
-                columns = [[k] * n, [official(i) for i in range(n)], [[True] * 9] * n, [STEP_LIMIT[name]] * n, [40] * n, [0.0] * n]
-                results = pool.map(demonstrate, *columns, [[2, args.seed, i] for i in range(n)], [False] * n)
-                good = [r is not None and r[2] for r in results]
-                steps = [len(r[1]) for r, g in zip(results, good) if g]
-                rows.append(dict(suite=name, task_id=k, task=suite(name).get_task(k).name, pick_and_place_only=covered(name, k), episodes=n,
-                                 successes=sum(good), mean_steps=f"{np.mean(steps):.0f}" if steps else ""))  # fmt: skip
-                print(f"{name:15} {k} {interval(sum(good), n):22} {rows[-1]['mean_steps']:>4} steps  {rows[-1]['task']}", flush=True)
+        suite = load_suite(name)
+        with Workers(suite.build, suite.tasks, args.workers, timeout=3600) as workers:
+            for k, task in suite.names.items():
+                own = [[True] * 9] * n, [None] * n, [[2, args.seed, i] for i in range(n)]
+                same = [suite.limit] * n, [40] * n, [0.0] * n, [False] * n
+                results = workers.map(demonstrate, [k] * n, suite.starts[:n], *own, *same)
+                steps = [len(r["actions"]) for r in results if r and r["success"]]
+                goals = robosuite_parse_problem(libero.suite(name).get_task_bddl_file_path(k))["goal_state"]
+                simple = all(len(goal) == 3 for goal in goals)  # to put something somewhere
+                mean = f"{np.mean(steps):.0f}" if steps else ""
+                row = dict(suite=name, task_id=k, task=task, pick_and_place_only=simple, episodes=n)
+                rows.append(dict(row, successes=len(steps), mean_steps=mean))
+                print(f"{name:15} {k} {rate(len(steps), n):22} {mean:>4} steps  {task}", flush=True)
     write_table(args.out, rows)
     print(f"wrote {args.out}")
 
 
-def make_demos(args, task_ids):
-    """Demonstrations of several tasks. -> dict of arrays, all steps one after the other: observations (N, S), actions (N, 7), pushed (N,),
-    and per episode: length, task_id, success, deep; frames: one recorded episode of each behaviour, with its task."""
-    jobs = []
-    with WorkerPool(args.workers, TaskSimulators, args.suite, task_ids) as pool:
-        for k in task_ids:
-            rng = np.random.default_rng([2, args.seed, k, 0])  # 2: demonstrations; 1 is training
-            for i in range(args.num_demos):
-                if i % 2 == 0 or not any(args.spots):  # with spots every placement is shown twice
-                    start = placed(rng.integers(2**32))
-                jobs.append((k, start, [2, args.seed, k, i + 1]))
-        starts = pool.map(first_goals, [j[0] for j in jobs], [j[1] for j in jobs])
-        rng = np.random.default_rng([2, args.seed, 0, 0, 0])
-        columns = [[] for _ in range(9)]
-        for k in task_ids:
-            mine = [i for i, job in enumerate(jobs) if job[0] == k]
-            x = np.array([starts[i][0] for i in mine])
-            low, high = np.quantile(x, [0.02, 0.98])
-            nearness = ((x - (low + high) / 2) / max((high - low) / 2, 0.01)).clip(-1, 1)  # some tasks place their object within millimetres
-            goals = starts[mine[0]][1]
-            share = (args.deep_share + args.share_slope * nearness).clip(*args.share_limits) ** (1 / goals)
-            spots = list(zip(x.mean() + np.array([-1, 1]) * args.spots, HEIGHTS))
-            for i, p in zip(mine, share):
-                deep, spot = (list(rng.random(goals) < p), None) if not any(args.spots) else ([True] * goals, spots[i % 2])
-                job = (k, jobs[i][1], deep, STEP_LIMIT[args.suite], 20, args.push, jobs[i][2], False, spot)
-                for column, value in zip(columns, job):
-                    column.append(value)
-        if args.video:
-            shown = [columns[8][i] is columns[8][0] if any(args.spots) else all(d) for i, d in enumerate(columns[2])]
-            columns[7] = [i in (np.argmin(shown), np.argmax(shown)) for i in range(len(jobs))]
-        size, results = 4 * args.workers, []
-        for i in tqdm(range(0, len(jobs), size), desc="demonstrations"):
-            results += pool.map(demonstrate, *[column[i : i + size] for column in columns])
-    kept = [i for i, r in enumerate(results) if r is not None]
-    pick = lambda c: [results[i][c] for i in kept]
-    demos = dict(observations=np.concatenate(pick(0)), actions=np.concatenate(pick(1)), pushed=np.concatenate(pick(4)), length=np.array([len(a) for a in pick(1)]),
-                 success=np.array(pick(2)), task_id=np.array([columns[0][i] for i in kept]), deep=np.array([all(columns[2][i]) for i in kept]))  # fmt: skip
-    if any(args.spots):
-        demos["spot"] = np.array([HEIGHTS.index(columns[8][i][1]) for i in kept])  # 0 near, 1 far
-    return demos, [(columns[0][i], results[i][3]) for i in kept if results[i][3] is not None]
-
-
-def first_goals(simulators, task_id, start):
+def first_goals(simulators, task, start):
     """x of the first goal's object at an episode's start, and the number of goals."""
-    simulator = simulators[task_id]
+    simulator = simulators[task]
     simulator.reset(start)
     return simulator.point(simulator.goals[0][1])[0], len(simulator.goals)
 
 
-def check(args):
-    """What is wrong with the command line, in one sentence, or None."""
-    for flag in ("num_demos", "workers", "table_states"):
-        if getattr(args, flag) < 1:
-            return f"--{flag.replace('_', '-')} is {getattr(args, flag)}: give 1 or more."
-    if args.table_states > OFFICIAL_STATES:
-        return f"--table-states is {args.table_states}: a task has {OFFICIAL_STATES}."
-    if args.seed < 0:
-        return f"--seed is {args.seed}: give 0 or more."
-    if not 0 <= args.deep_share <= 1:
-        return f"--deep-share is {args.deep_share}: give a share from 0 to 1."
-    if not 0 <= args.push <= 1:
-        return f"--push is {args.push}: give a number from 0 to 1."
-    if not -10 <= args.share_slope <= 10:
-        return f"--share-slope is {args.share_slope}: give a number from -10 to 10."
-    if not all(0 <= distance <= 0.2 for distance in args.spots):
-        return f"--spots is {args.spots[0]} {args.spots[1]}: give two distances from 0 to 0.2 metres."
-    low, high = args.share_limits
-    if not 0 <= low <= high <= 1:
-        return f"--share-limits is {low} {high}: give two shares from 0 to 1, the smaller one first."
-    if args.out and args.out.exists() and not args.overwrite:
-        return f"--out {args.out} exists: give another path, or --overwrite to replace it."
-    if args.video and args.video.suffix != ".mp4":
-        return f"--video is {args.video}: give a path that ends in .mp4."
-    return libero_problem(pictures=args.video is not None)
+def make_demos(args, suite):
+    """Demonstrations of several tasks. -> dict of arrays, all steps one after the other: observations (N, S),
+    actions (N, 7), pushed (N,), and per episode: length, task_id, success, deep (and spot); and films of one
+    episode of each behaviour, [(task, frames (T, F))]."""
+    tasks, starts, seeds, deep, spots, kind = [], [], [], [], [], []
+    for k in suite.tasks:
+        rng = np.random.default_rng([2, args.seed, k, 0])  # 2: demonstrations; 1 is training
+        for i in range(args.num_demos):
+            if i % 2 == 0 or not any(args.spots):  # with spots every placement is shown twice
+                start = suite.draw_start(rng)
+            tasks.append(k)
+            starts.append(start)
+            seeds.append([2, args.seed, k, i + 1])
+    with Workers(suite.build, suite.tasks, args.workers, timeout=3600) as workers:
+        places = workers.map(first_goals, tasks, starts)
+        rng = np.random.default_rng([2, args.seed, 0, 0, 0])
+        for mine in np.split(np.arange(len(tasks)), len(suite.tasks)):
+            x, goals = np.array([places[i][0] for i in mine]), places[mine[0]][1]
+            low, high = np.quantile(x, [0.02, 0.98])
+            half = max((high - low) / 2, 0.01)  # some tasks place their object within millimetres
+            nearness = ((x - (low + high) / 2) / half).clip(-1, 1)
+            share = (args.deep_share + args.share_slope * nearness).clip(*args.share_limits) ** (1 / goals)
+            both = list(zip(x.mean() + np.array([-1, 1]) * args.spots, HEIGHTS))
+            for i, p in zip(mine, share):
+                deep.append([True] * goals if any(args.spots) else list(rng.random(goals) < p))
+                spots.append(both[i % 2] if any(args.spots) else None)
+                kind.append(i % 2 if any(args.spots) else all(deep[-1]))
+        n, shown = len(tasks), (np.argmin(kind), np.argmax(kind)) if args.video else ()
+        same = [suite.limit] * n, [20] * n, [args.push] * n, [i in shown for i in range(n)]
+        jobs = tasks, starts, deep, spots, seeds, *same
+        results = workers.map(demonstrate, *jobs, description="demonstrations")
+    kept = [i for i, result in enumerate(results) if result]
+    columns = {name: [results[i][name] for i in kept] for name in results[kept[0]]}
+    demos = {name: np.concatenate(columns[name]) for name in ("observations", "actions", "pushed")}
+    demos.update(length=np.array([len(a) for a in columns["actions"]]), success=np.array(columns["success"]))
+    demos.update(task_id=np.array(tasks)[kept], deep=np.array([all(deep[i]) for i in kept]))
+    if any(args.spots):
+        demos["spot"] = np.array(kind)[kept]  # 0 near, 1 far
+    return demos, [(tasks[i], results[i]["frames"]) for i in kept if i in shown]
 
 
-def run(args, task_ids):
+def run(args):
     """Make the demonstrations of `args`, print their success and write them to args.out (and args.video)."""
-    demos, films = make_demos(args, task_ids)
-    settings = {k: v for k, v in vars(args).items() if k not in ("workers", "out", "overwrite", "video", "table", "table_states")}
-    values = {k: " ".join(map(str, v)) if isinstance(v, tuple) else v for k, v in settings.items()}
-    flags = [f"--{k.replace('_', '-')} {v}" for k, v in values.items()]
-    settings["command"] = " ".join(["python tools/demo_libero.py", *flags, f"--out {args.out.as_posix()}"])
-    settings["success"] = {}
-    for k in task_ids:
-        kinds = ((0, "near spot"), (1, "far spot")) if any(args.spots) else ((False, "with a short grasp"), (True, "deep grasps"))
-        for kind, name in (*kinds, (None, "all")):
-            chosen = (demos["task_id"] == k) & (demos["spot" if any(args.spots) else "deep"] == kind if kind is not None else True)
-            if n := int(chosen.sum()):
-                good = int(demos["success"][chosen].sum())
-                print(f"task {k:2d} {name:18s} {n:5d} demonstrations: {interval(good, n)}")
-                settings["success"][f"task {k}, {name}"] = dict(n=n, success=round(good / n, 4))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    part = args.out.with_suffix(".part.npz")
-    np.savez_compressed(part, settings=json.dumps(settings), **demos)
-    part.replace(args.out)
-    print(f"wrote {args.out}")
-    if args.video:
-        import imageio.v2 as imageio  # ffmpeg, for this flag only
-
-        simulators = TaskSimulators(args.suite, {k for k, _ in films})
-        args.video.parent.mkdir(parents=True, exist_ok=True)
-        pictures = np.concatenate([simulators[k].render(frames[::2]) for k, frames in films])
-        imageio.mimwrite(args.video, pictures, fps=FPS // 2, macro_block_size=1)
-        print(f"wrote {args.video}")
-
-
-def main():
-    args = parse_args(Args, __doc__)
-    if args.out is None and args.table:
-        args.out = Path("results/libero/demonstrators.csv")
-    elif args.out is None:
-        args.out = Path("demos") / (f"{args.suite}.npz" if args.task_ids == "all" else f"{args.suite}_task{args.task_ids.replace(',', '_')}.npz")
-    problem = check(args)
-    try:
-        task_ids = parse_task_ids(args.suite, args.task_ids)
-    except ValueError as error:
-        problem = problem or str(error)
-    if problem:
-        print(problem, file=sys.stderr)
-        sys.exit(2)
+    shared.check_limits(args, "num_demos workers", 1)
+    shared.check_limits(args, "table_states", 1, libero.OFFICIAL_STATES)
+    shared.check_limits(args, "seed", 0)
+    shared.check_limits(args, "deep_share push share_limits", 0, 1)
+    shared.check_limits(args, "share_slope", -10, 10)
+    shared.check_limits(args, "spots", 0, 0.2)
+    if args.share_limits[0] > args.share_limits[1]:
+        stop(f"--share-limits is {args.share_limits[0]} {args.share_limits[1]}; give the smaller one first")
+    if args.out is None:
+        name = args.suite if args.task_ids == "all" else f"{args.suite}_task{args.task_ids.replace(',', '_')}"
+        args.out = Path("results/libero/demonstrators.csv" if args.table else f"demos/{name}.npz")
+    shared.check_files(args, ".mp4")
+    suite = load_suite(args.suite, args.task_ids, pictures=args.video is not None)
     if args.table:
         return table(args)
-    run(args, task_ids)
+    demos, films = make_demos(args, suite)
+    spots = ("spot", "near spot", "far spot")
+    key, *kinds = spots if any(args.spots) else ("deep", "with a short grasp", "deep grasps")
+    parts = {}
+    for k in suite.tasks:
+        own, good = demos["task_id"] == k, demos["success"]
+        parts |= {f"task {k}, {name}": good[own & (demos[key] == i)] for i, name in enumerate(kinds)}
+        parts[f"task {k}, all"] = good[own]
+    shared.write_demos(args, "demo_libero", demos, parts)
+    if args.video:
+        simulators = suite.build({k for k, _ in films})
+        pictures = [simulators[k].render(frames[::2]) for k, frames in films]
+        shared.write_film(args.video, np.concatenate(pictures), libero.FPS // 2)
 
 
 if __name__ == "__main__":
-    main()
+    run(parse_args(Args, __doc__))

@@ -2,7 +2,8 @@
 
     python tools/watch_memory.py PID memory.csv     # PID: of train_aloha.py, say
 
-Counted is the proportional set size (Linux) of the process and everything it has started: memory that several processes share counts once.
+Counted is the proportional set size (Linux) of the process and everything it has started: memory that several
+processes share counts once.
 """
 
 import csv
@@ -14,13 +15,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import psutil
 
-from run_files import stop
+from support.run_files import stop
 
 if __name__ == "__main__":
     try:
         parent, file = psutil.Process(int(sys.argv[1])), open(sys.argv[2], "a", newline="")
     except (IndexError, ValueError, OSError, psutil.NoSuchProcess):
-        stop("give the number of a running process and a file to write, as python tools/watch_memory.py 1234 memory.csv")
+        stop("give a running process and a file to write, as python tools/watch_memory.py 1234 memory.csv")
     start = time.monotonic()
     with file:  # of a resumed run too: its seconds start from 0 again
         writer = csv.writer(file)

@@ -1,16 +1,18 @@
-"""The embedded frozen base policy π_0: a small flow-matching policy in a whitened PCA space of the action chunk.
+"""The embedded frozen base policy π_0: a small flow-matching policy in a whitened PCA space of the action
+chunk.
 
-It turns Gaussian noise w into a chunk of actions, given the state: w is the start of a flow u = 0 … 1 (noise to
-data) whose end are the chunk's principal components. Whoever chooses w steers the policy: FPO's actor, or N(0, I),
-which is the base as it was cloned. Nothing here is trained; `tools/clone_base.py` makes the weights.
+It turns Gaussian noise w into a chunk of actions, given the state: w is the start of a flow u = 0 … 1 (noise
+to data) whose end are the chunk's principal components. Whoever chooses w steers the policy: FPO's actor, or
+N(0, I), which is the base as it was cloned. Nothing here is trained; `tools/clone_base.py` makes the weights.
 
     base = FlowBase.load("weights/aloha.safetensors", task="aloha")     # the sizes below are ALOHA's
     s, context = base.encode(observation)                # observation: (B, 21) -> s: (B, 21)
     x = torch.randn(len(s), base.latent_dim)             # or an actor's latent chunk
-    actions = base.decode(context, base.to_noise(x))     # (B, 40, 14) joint targets, one per control step
+    actions = base.decode(context, x)                    # (B, 40, 14) joint targets, one per control step
 
-The latent has 24 dimensions (LIBERO: 16) and not the chunk's 126, because the noise of a policy gradient grows with the
-dimension (D12). Flow matching: Lipman et al., arXiv 2210.02747. This file stands alone: torch and safetensors only.
+The latent has 24 dimensions (LIBERO: 16) and not the chunk's 126, because the noise of a policy gradient
+grows with the dimension. Flow matching: Lipman et al., arXiv 2210.02747. This file stands alone: torch
+and safetensors only.
 """
 
 import hashlib
@@ -30,11 +32,12 @@ SIZES = ("state_dim", "action_dim", "latent_dim", "chunk_steps", "knots", "flow_
 class FlowBase(nn.Module):
     """The velocity field v(w, u | s), the normalisation around it and the PCA basis of the action chunk.
 
-    header: dict of the SIZES, `task`, for LIBERO `task_ids`, and anything that should travel with the weights (how they were made, what
-    they measured). Units of observations and actions are the environment's own.
+    header: dict of the SIZES, `task`, for LIBERO `task_ids`, and anything that should travel with the weights
+    (how they were made, what they measured). Units of observations and actions are the environment's own.
     """
 
     pictures = None  # it sees the state and no camera
+    free_dim = 0  # numbers of noise beside the latent
     num_envs = 32  # parallel environments that suit it
 
     def __init__(self, header):
@@ -45,15 +48,20 @@ class FlowBase(nn.Module):
 
         self.register_buffer("state_mean", torch.zeros(self.state_dim))
         self.register_buffer("state_std", torch.ones(self.state_dim))
-        # chunk = mean + Σ_i z_i basis_i at the knots, in the units of the actions; z has unit variance over the data
+        # chunk = mean + Σ_i z_i basis_i at the knots, in the units of the actions; z has unit variance over
+        # the data
         self.register_buffer("chunk_mean", torch.zeros(knots, self.action_dim))
         self.register_buffer("chunk_basis", torch.zeros(self.latent_dim, knots, self.action_dim))
         self.register_buffer("knot_weights", knot_weights(self.chunk_steps, knots), persistent=False)
-        self.register_buffer("frequencies", 2.0 ** torch.arange(8), persistent=False)  # of the flow time's features
+        self.register_buffer(
+            "frequencies", 2.0 ** torch.arange(8), persistent=False
+        )  # of the flow time's features
 
         self.input = nn.Linear(self.latent_dim + self.state_dim + 2 * len(self.frequencies), hidden)
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
+            nn.Sequential(
+                nn.LayerNorm(hidden), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, hidden)
+            )
             for _ in range(blocks)
         )
         self.output = nn.Linear(hidden, self.latent_dim)
@@ -68,25 +76,17 @@ class FlowBase(nn.Module):
 
     @torch.no_grad()
     def encode(self, observation):
-        """Normalised state, and the context that `decode` needs: here the state itself. observation: (B, S) raw -> s, context, both (B, S)."""
+        """Normalised state, and the context that `decode` needs: here the state itself. observation: (B, S)
+        raw -> s, context, both (B, S)."""
         observation = torch.as_tensor(observation, dtype=torch.float32, device=self.state_mean.device)
         s = ((observation - self.state_mean) / self.state_std).clamp(-STATE_CLIP, STATE_CLIP)
         return s, s
 
-    def to_noise(self, x, generator=None):
-        """D12: the actor's k latents, completed with N(0, I) from `generator`. x: (B, k) -> w: (B, D). ValueError if k > D."""
-        missing = self.latent_dim - x.shape[1]
-        if missing < 0:
-            raise ValueError(f"x has {x.shape[1]} latents and this base takes {self.latent_dim}; send fewer.")
-        if missing == 0:
-            return x
-        device = x.device if generator is None else generator.device
-        rest = torch.randn(len(x), missing, generator=generator, device=device, dtype=x.dtype)
-        return torch.cat([x, rest.to(x.device)], 1)
-
     @torch.no_grad()
-    def decode(self, context, w):
-        """The action chunk that the noise w stands for. context: (B, S), w: (B, D) -> (B, chunk_steps, action_dim)."""
+    def decode(self, context, x, free=None):
+        """The action chunk that the latent x stands for. context: (B, S), x: (B, D) -> (B, chunk_steps,
+        action_dim). free: noise that the latent leaves free, none here."""
+        w = x
         for k in range(self.flow_steps):  # Euler: w ← w + v(w, u | s) / flow_steps
             u = torch.full((len(w),), k / self.flow_steps, device=w.device, dtype=w.dtype)
             w = w + self.velocity(w, u, context) / self.flow_steps
@@ -106,11 +106,13 @@ class FlowBase(nn.Module):
 
     @classmethod
     def load(cls, path, device="cpu", task=None):
-        """The frozen base in `path`. ValueError, in one sentence, if the file is not a sound base (for `task`)."""
-        shipped = Path(path).resolve().parent == Path(__file__).resolve().parent / "weights"
+        """The frozen base in `path`. ValueError, in one sentence, if the file is not a sound base (for
+        `task`)."""
+        shipped = Path(path).resolve().parent == Path(__file__).resolve().parents[1] / "weights"
         fix = "give the path of a sound one (`python tools/clone_base.py --help` says how one is made)"
         if shipped:
-            fix = f"restore it with `git checkout {path}`, or make it with `python tools/clone_base.py --task {Path(path).stem} --overwrite`"
+            make = f"python tools/clone_base.py --task {Path(path).stem} --overwrite"
+            fix = f"restore it with `git checkout {path}`, or make it with `{make}`"
         if not os.path.isfile(path):
             raise ValueError(f"there is no base policy at {path}: {fix}.")
         try:
@@ -121,7 +123,9 @@ class FlowBase(nn.Module):
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is truncated or no base policy ({one_line(error)}): {fix}.") from None
         if task is not None and header["task"] != task:
-            raise ValueError(f"{path} is a base for the task {header['task']!r}: give a path of one for {task!r}.")
+            raise ValueError(
+                f"{path} is a base for the task {header['task']!r}: give a path of one for {task!r}."
+            )
         if not all(isinstance(header[k], int) and 0 < header[k] <= 4096 for k in SIZES):
             raise ValueError(f"{path} has absurd sizes in its header: {fix}.")
         with torch.device("meta"):  # shapes only: a wrong header must not allocate anything
@@ -135,12 +139,14 @@ class FlowBase(nn.Module):
         base.load_state_dict(tensors)
         with open(path, "rb") as file:
             base.sha256 = hashlib.sha256(file.read()).hexdigest()
+        base.device = torch.device(device)
         return base.to(device).eval().requires_grad_(False)
 
 
 def knot_weights(chunk_steps, knots):
-    """Linear interpolation as a matrix (chunk_steps, knots): the action at control step j is that of time j, where the
-    knots are at 0, chunk_steps / (knots - 1), …, chunk_steps. Each row has at most two entries and sums to 1."""
+    """Linear interpolation as a matrix (chunk_steps, knots): the action at control step j is that of time j,
+    where the knots are at 0, chunk_steps / (knots - 1), …, chunk_steps. Each row has at most two entries and
+    sums to 1."""
     time = torch.arange(chunk_steps) * (knots - 1) / chunk_steps
     return (1 - (time[:, None] - torch.arange(knots)).abs()).clamp(min=0)
 

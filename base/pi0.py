@@ -1,15 +1,18 @@
-"""π_0 itself as the frozen base policy: lerobot's PI0Policy (or π_0.5's PI05Policy), cut in two where FPO needs it.
+"""π_0 itself as the frozen base policy: lerobot's PI0Policy (or π_0.5's PI05Policy), cut in two where FPO
+needs it.
 
-`encode` runs PaliGemma once over images and instruction and keeps its cache. `decode` integrates the action expert's flow from that
-cache and from the noise that the actor chose: bit for bit what `policy.predict_action_chunk(batch, noise=w)` gives.
+`encode` runs PaliGemma once over images and instruction and keeps its cache. `decode` integrates the action
+expert's flow from that cache and from the noise that the actor chose: bit for bit what
+`policy.predict_action_chunk(batch, noise=w)` gives.
 
     base = Pi0Base.load("lerobot/pi0_libero_finetuned_v044", "libero", ("image", "image2"), device="cuda")
-    s, context = base.encode(observations)               # n dicts as env_libero's Simulator.look gives them -> s (n, 2056)
+    s, context = base.encode(observations)               # n dicts of Simulator.look -> s (n, 2056)
     x = torch.randn(len(s), base.latent_dim)             # or an actor's latent chunk
-    actions = base.decode(context, base.to_noise(x))     # (n, chunk_steps, 7)
+    free = torch.randn(len(s), base.free_dim)            # the part of its noise that the latent leaves free
+    actions = base.decode(context, x, free)              # (n, chunk_steps, 7)
 
-Images, state and actions pass through lerobot's own processors. lerobot runs its flow time from 1 (noise) to 0 (data); here that
-stays inside `decode`. Needs Python 3.12 and lerobot, which are looked for on `load` only.
+Images, state and actions pass through lerobot's own processors. lerobot runs its flow time from 1 (noise) to
+0 (data); here that stays inside `decode`. Needs Python 3.12 and lerobot, which are looked for on `load` only.
 """
 
 import contextlib
@@ -22,20 +25,38 @@ from pathlib import Path
 import numpy as np
 import torch
 
-STEERABLE = ("pi0", "pi05")  # SmolVLA has another prefix and cache; every other type has no noise of its own to choose
+STEERABLE = (
+    "pi0",
+    "pi05",
+)  # SmolVLA has another prefix and cache; every other type has no noise of its own to choose
 BATCH = 32  # observations that PaliGemma sees at once
 
 
 class Pi0Base:
-    """The same methods as FlowBase. A policy of another type (π_0-FAST, Diffusion Policy, ACT) has latent_dim 0: it can be
-    evaluated under the same protocol, and not be steered."""
+    """The same methods as FlowBase. A policy of another type (π_0-FAST, Diffusion Policy, ACT) has latent_dim
+    0: it can be evaluated under the same protocol, and not be steered."""
 
-    def __init__(self, policy, preprocess, postprocess, env_preprocess, cameras, latent="dct", latent_modes=4, chunk_steps=None, openpi_aloha=False):
+    free_dim = 0
+
+    def __init__(
+        self,
+        policy,
+        preprocess,
+        postprocess,
+        env_preprocess,
+        cameras,
+        latent="dct",
+        latent_modes=4,
+        chunk_steps=None,
+        openpi_aloha=False,
+    ):
         self.policy, self.config = policy, policy.config
         self.preprocess, self.postprocess, self.env_preprocess = preprocess, postprocess, env_preprocess
         self.openpi = None
         if openpi_aloha:
-            from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy  # has openpi's conventions for ALOHA
+            from lerobot.policies.smolvla.modeling_smolvla import (
+                SmolVLAPolicy,
+            )  # has openpi's conventions for ALOHA
 
             self.openpi = SmolVLAPolicy
         self.device = next(policy.parameters()).device
@@ -48,31 +69,44 @@ class Pi0Base:
         # the cameras that both sides know; lerobot shows π_0 a blank picture in place of a missing one
         renamed = next((step.rename_map for step in preprocess.steps if hasattr(step, "rename_map")), {})
         names = {renamed.get(f"observation.images.{c}", f"observation.images.{c}"): c for c in cameras}
-        self.pictures = {names[k]: tuple(f.shape[1:]) for k, f in self.config.image_features.items() if k in names}
+        self.pictures = {
+            names[k]: tuple(f.shape[1:]) for k, f in self.config.image_features.items() if k in names
+        }
         if not self.pictures:
-            raise ValueError(f"the policy wants the pictures {list(self.config.image_features)}, and the environment has {list(cameras)}.")
+            raise ValueError(
+                f"the policy wants the pictures {list(self.config.image_features)}, and the environment has "
+                f"{list(cameras)}."
+            )
         if not self.steerable:
             self.state_dim, self.latent_dim = 1, 0
             return
         self.noise_shape = (self.config.chunk_size, self.config.max_action_dim)  # (50, 32)
         if self.chunk_steps > self.config.chunk_size:
-            raise ValueError(f"--chunk-steps is {self.chunk_steps}, and the policy's chunk has {self.config.chunk_size} steps: give at most that.")
+            raise ValueError(
+                f"--pi0.chunk-steps is {self.chunk_steps}, and the policy's chunk has "
+                f"{self.config.chunk_size} steps: give at most that."
+            )
         width = policy.model.paligemma_with_expert.paligemma.config.text_config.hidden_size
         self.state_dim = width + self.config.input_features["observation.state"].shape[0]
         steps, actions = self.noise_shape
+        self.latent_dim = dict(dct=latent_modes * self.action_dim, full=steps * actions, repeat=actions)[
+            latent
+        ]
         if latent == "dct":
-            self.basis = dct_basis(latent_modes, self.action_dim, steps, actions).to(self.device)  # (D, 50, 32)
-        elif latent == "full":
-            self.basis = torch.eye(steps * actions, device=self.device).view(-1, steps, actions)
-        self.latent_dim = len(self.basis) if latent != "repeat" else actions
+            self.basis = dct_basis(latent_modes, self.action_dim, steps, actions).to(
+                self.device
+            )  # (D, 50, 32)
+            self.free_dim = steps * actions  # numbers of noise beside the latent
 
     # ---- the three methods of a base ----
 
     @torch.no_grad()
     def encode(self, observations):
-        """One pass of PaliGemma. observations: (n,) dicts, or None where an episode is over -> s (n, S), context for `decode`.
+        """One pass of PaliGemma. observations: (n,) dicts, or None where an episode is over -> s (n, S),
+        context for `decode`.
 
-        s is the mean of the prefix's last hidden states, layer-normalised, and the proprioception as the policy normalises it.
+        s is the mean of the prefix's last hidden states, layer-normalised, and the proprioception as the
+        policy normalises it.
         """
         known = [i for i, o in enumerate(observations) if o is not None]
         s, context = torch.zeros(len(observations), self.state_dim, device=self.device), []
@@ -86,31 +120,28 @@ class Pi0Base:
             context.append((rows, prefix))
         return s, (len(observations), context)
 
-    def to_noise(self, x, generator=None):
-        """The actor's latents as π_0's noise. x: (n, k) -> w: (n, 50, 32).
+    def noise(self, x, free):
+        """The latents as π_0's noise. x: (n, D), free: (n, free_dim) from N(0, I) -> w: (n, 50, 32).
 
-        "dct": w = B x + (I - B Bᵀ) ξ, where B's orthonormal columns are the first DCT modes along time of the real actions and
-        ξ ~ N(0, I) comes from `generator`; "full": B is the identity. Either way w is N(0, I) when x is (D12), and fewer latents than
-        latent_dim steer the first ones. "repeat": one row for all steps, as DSRL does; far outside the prior.
+        "dct": w = B x + (I - B Bᵀ) ξ, where B's orthonormal columns are the first DCT modes along time of the
+        real actions and ξ is `free`; "full": w is x. Either way w is N(0, I) when x is. "repeat": one row for
+        all steps, as DSRL does; far outside the prior.
         """
-        if not self.steerable:
-            return x
-        n, k = x.shape
-        if k > self.latent_dim:
-            raise ValueError(f"x has {k} latents and this base takes {self.latent_dim}; send fewer.")
-        device = x.device if generator is None else generator.device
-        xi = torch.randn(n, *self.noise_shape, generator=generator, device=device).to(self.device)
         x = x.to(self.device, torch.float32)
         if self.latent == "repeat":
-            return torch.cat([x, xi[:, 0, k:]], 1)[:, None].repeat(1, self.noise_shape[0], 1)
-        missing = x - torch.einsum("nta,dta->nd", xi, self.basis[:k])
-        return xi + torch.einsum("nd,dta->nta", missing, self.basis[:k])
+            return x[:, None].repeat(1, self.noise_shape[0], 1)
+        if self.latent == "full":
+            return x.view(-1, *self.noise_shape)
+        xi = free.to(self.device, torch.float32).view(-1, *self.noise_shape)
+        missing = x - torch.einsum("nta,dta->nd", xi, self.basis)
+        return xi + torch.einsum("nd,dta->nta", missing, self.basis)
 
     @torch.no_grad()
-    def decode(self, context, w):
-        """The action chunks of `context` from the noise w (n, 50, 32) -> (n, chunk_steps, A), in the environment's units, on the CPU.
-        Zeros where there was no observation."""
+    def decode(self, context, x, free):
+        """The action chunks of `context` from latents x (n, D) and free noise (n, free_dim) -> (n,
+        chunk_steps, A), in the environment's units, on the CPU. Zeros where there was no observation."""
         n, parts = context
+        w = self.noise(x, free) if self.steerable else None
         actions = torch.zeros(n, self.chunk_steps, self.action_dim)
         for rows, prefix in parts:
             if self.steerable:
@@ -130,10 +161,14 @@ class Pi0Base:
         """Dicts of one observation each -> the batch that the policy takes."""
         from lerobot.envs.utils import preprocess_observation
 
-        batch = preprocess_observation(stack([{k: v for k, v in o.items() if k != "task"} for o in observations]))
+        batch = preprocess_observation(
+            stack([{k: v for k, v in o.items() if k != "task"} for o in observations])
+        )
         batch = self.env_preprocess(batch | {"task": [o["task"] for o in observations]})
         if self.openpi:
-            batch["observation.state"] = self.openpi._pi_aloha_decode_state(None, batch["observation.state"].clone())
+            batch["observation.state"] = self.openpi._pi_aloha_decode_state(
+                None, batch["observation.state"].clone()
+            )
         return self.preprocess(batch)
 
     def _prefix(self, batch):
@@ -146,9 +181,12 @@ class Pi0Base:
         embedded, pad, attend = model.embed_prefix(images, image_masks, *tokens)
         model.paligemma_with_expert.paligemma.model.language_model.config._attn_implementation = "eager"
         (hidden, _), cache = model.paligemma_with_expert.forward(
-            attention_mask=prepare_attention_masks_4d(make_att_2d_masks(pad, attend)), position_ids=torch.cumsum(pad, dim=1) - 1,
-            past_key_values=None, inputs_embeds=[embedded, None], use_cache=True,
-        )  # fmt: skip
+            attention_mask=prepare_attention_masks_4d(make_att_2d_masks(pad, attend)),
+            position_ids=torch.cumsum(pad, dim=1) - 1,
+            past_key_values=None,
+            inputs_embeds=[embedded, None],
+            use_cache=True,
+        )
         seen = pad[..., None].float()
         features = (hidden.float() * seen).sum(1) / seen.sum(1)
         features = torch.nn.functional.layer_norm(features, features.shape[-1:])
@@ -161,26 +199,34 @@ class Pi0Base:
         """The action expert's flow from noise w (B, 50, 32) to normalised actions (B, 50, 32)."""
         from lerobot.policies.common.flow_matching import euler_integrate
 
-        velocity = lambda x, time: self.policy.model.denoise_step(x_t=x, timestep=time, **prefix)
+        def velocity(x, time):
+            return self.policy.model.denoise_step(x_t=x, timestep=time, **prefix)
+
         return euler_integrate(velocity, w, self.config.num_inference_steps)
 
     @classmethod
     def load(cls, path, env, cameras, device="cpu", dtype=None, **options):
-        """The policy in a folder or on the hub. env: "libero" or "aloha", for lerobot's processors; dtype: "bfloat16" on a GPU and
-        "float32" on a CPU if left out. ValueError, in one sentence, if it is not there or not whole."""
+        """The policy in a folder or on the hub. env: "libero" or "aloha", for lerobot's processors; dtype:
+        "bfloat16" on a GPU and "float32" on a CPU if left out. ValueError, in one sentence, if it is not
+        there or not whole."""
         if path is None:
-            raise ValueError("with --base pi0 name a policy, as --weights lerobot/pi0_libero_finetuned_v044 or a folder.")
+            raise ValueError("name a policy, as lerobot/pi0_libero_finetuned_v044, or a folder.")
         try:
             from lerobot.configs import PreTrainedConfig
             from lerobot.envs.factory import make_env_config, make_env_pre_post_processors
             from lerobot.policies.factory import make_pre_post_processors
         except ImportError as error:
-            raise ValueError(f"--base pi0 needs lerobot ({error}): make the environment with Python 3.12 and `pip install -r requirements.txt`.") from None
+            raise ValueError(
+                f"π_0 needs lerobot ({error}): make the environment with Python 3.12 and `pip install -r "
+                "requirements.txt`."
+            ) from None
         folder, device = download(path), torch.device(device)
         try:
             config = PreTrainedConfig.from_pretrained(folder)
         except Exception as error:  # json, draccus and lerobot each raise their own
-            raise ValueError(f"{path} has no sound config.json of a LeRobot policy ({one_line(error)}).") from None
+            raise ValueError(
+                f"{path} has no sound config.json of a LeRobot policy ({one_line(error)})."
+            ) from None
         config.device = str(device)
         if hasattr(config, "dtype"):
             config.dtype = dtype or ("bfloat16" if device.type == "cuda" else "float32")
@@ -189,7 +235,9 @@ class Pi0Base:
             experts = policy.model.paligemma_with_expert
             experts.paligemma.lm_head = experts.gemma_expert.lm_head = None  # 1.5 GiB that never speak
         try:
-            preprocess, postprocess = make_pre_post_processors(config, str(folder), preprocessor_overrides={"device_processor": {"device": str(device)}})
+            preprocess, postprocess = make_pre_post_processors(
+                config, str(folder), preprocessor_overrides={"device_processor": {"device": str(device)}}
+            )
         except Exception as error:
             raise ValueError(f"the processors of {path} cannot be loaded ({one_line(error)}).") from None
         env_preprocess, _ = make_env_pre_post_processors(make_env_config(env), config)
@@ -200,7 +248,8 @@ class Pi0Base:
 
 
 def download(path):
-    """The folder of a policy, fetched from the hub unless it is one already. ValueError if it is neither there nor to be had."""
+    """The folder of a policy, fetched from the hub unless it is one already. ValueError if it is neither
+    there nor to be had."""
     if Path(path).is_dir():
         return Path(path).resolve()
     from huggingface_hub import snapshot_download
@@ -208,12 +257,15 @@ def download(path):
     try:
         return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.model"]))
     except Exception as error:
-        raise ValueError(f"{path} is neither a folder nor to be had from the hub ({one_line(error)}).") from None
+        raise ValueError(
+            f"{path} is neither a folder nor to be had from the hub ({one_line(error)})."
+        ) from None
 
 
 def load_strictly(folder, config):
-    """The policy, frozen, after every tensor of the file has been found in it. lerobot's own loader prints a warning and goes on
-    with random weights where the file is missing or does not fit. ValueError in these cases."""
+    """The policy, frozen, after every tensor of the file has been found in it. lerobot's own loader prints a
+    warning and goes on with random weights where the file is missing or does not fit. ValueError in these
+    cases."""
     from lerobot.policies.factory import get_policy_class
     from safetensors.torch import load_file
 
@@ -225,7 +277,9 @@ def load_strictly(folder, config):
     logging.getLogger().setLevel(logging.ERROR)  # it warns of names that it then loads
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            policy = get_policy_class(config.type).from_pretrained(str(folder), config=config, local_files_only=True)
+            policy = get_policy_class(config.type).from_pretrained(
+                str(folder), config=config, local_files_only=True
+            )
     except Exception as error:
         raise ValueError(f"lerobot cannot build the {config.type} of {folder} ({one_line(error)}).") from None
     if config.type in STEERABLE:  # its names for openpi's tensors
@@ -244,12 +298,18 @@ def load_strictly(folder, config):
 
 
 def dct_basis(modes, action_dim, steps, width):
-    """Orthonormal: the first DCT-II modes along time of each real action dimension. -> (modes · action_dim, steps, width).
-    ValueError for more modes than steps."""
+    """Orthonormal: the first DCT-II modes along time of each real action dimension. -> (modes · action_dim,
+    steps, width). ValueError for more modes than steps."""
     if modes > steps:
-        raise ValueError(f"a chunk has {steps} steps, fewer than the {modes} modes that --latent dct steers: give --latent full.")
+        raise ValueError(
+            f"a chunk has {steps} steps, fewer than the {modes} modes that --pi0.latent dct steers: give "
+            "--pi0.latent full."
+        )
     time, mode = (torch.arange(steps) + 0.5) / steps, torch.arange(modes)
-    waves = torch.cos(math.pi * mode[:, None] * time) * torch.where(mode == 0, 1.0, 2.0)[:, None].div(steps).sqrt()  # (modes, steps)
+    waves = (
+        torch.cos(math.pi * mode[:, None] * time)
+        * torch.where(mode == 0, 1.0, 2.0)[:, None].div(steps).sqrt()
+    )  # (modes, steps)
     basis = torch.zeros(modes, action_dim, steps, width)
     for a in range(action_dim):
         basis[:, a, :, a] = waves

@@ -1,7 +1,8 @@
-"""What both environments share: the whole state of a MuJoCo simulation as one vector, whether it is still sane, and pictures.
+"""What both environments share: the whole state of a MuJoCo simulation as one vector, whether it is still
+sane, and pictures.
 
     state = get_state(model, data)          # (S,)
-    set_state(model, data, state)           # and from there the same controls give the same states, bit for bit
+    set_state(model, data, state)           # the same controls then give the same states, bit for bit
 
 Import this before anything that imports mujoco: it picks the OpenGL library.
 """
@@ -15,8 +16,8 @@ import sys
 
 import numpy as np
 
-# MuJoCo loads the OpenGL library that MUJOCO_GL names when it is imported. Physics needs none, so a machine without one trains all
-# the same. What needs OpenGL asks `opengl_problem` first.
+# MuJoCo loads the OpenGL library that MUJOCO_GL names when it is imported. Physics needs none, so a machine
+# without one trains all the same. What needs OpenGL asks `opengl_problem` first.
 MUJOCO_GL = os.environ.get("MUJOCO_GL") or "not set"
 if platform.system() == "Linux" and MUJOCO_GL == "not set":
     os.environ["MUJOCO_GL"] = "egl" if ctypes.util.find_library("EGL") else "disable"
@@ -35,9 +36,16 @@ STATE_SPEC = int(
     mujoco.mjtState.mjSTATE_TIME
     | mujoco.mjtState.mjSTATE_QPOS
     | mujoco.mjtState.mjSTATE_QVEL
-    | mujoco.mjtState.mjSTATE_WARMSTART  # without the solver's warm start a resumed run drifts in the last bits
+    | mujoco.mjtState.mjSTATE_WARMSTART  # without it a resumed run drifts in the last bits
 )
-DIVERGED = [int(w) for w in (mujoco.mjtWarning.mjWARN_BADQPOS, mujoco.mjtWarning.mjWARN_BADQVEL, mujoco.mjtWarning.mjWARN_BADQACC)]
+DIVERGED = [
+    int(w)
+    for w in (
+        mujoco.mjtWarning.mjWARN_BADQPOS,
+        mujoco.mjtWarning.mjWARN_BADQVEL,
+        mujoco.mjtWarning.mjWARN_BADQACC,
+    )
+]
 
 
 def get_state(model, data):
@@ -61,7 +69,8 @@ def diverged(data):
 def opengl_problem(pictures=True):
     """What keeps MuJoCo from drawing pictures, in one sentence with what to do, or None.
 
-    pictures=False: what keeps robosuite, and so LIBERO, from being imported, which needs the library but no device.
+    pictures=False: what keeps robosuite, and so LIBERO, from being imported, which needs the library but no
+    device.
     """
     fix = "install EGL (Debian: apt-get install libegl1 libgl1)"
     if MUJOCO_GL not in ("not set", "egl"):
@@ -70,24 +79,18 @@ def opengl_problem(pictures=True):
         return f"MUJOCO_GL is {MUJOCO_GL}, and no OpenGL library could be loaded{WORDS}; {fix}"
     if not pictures:
         return None
-    # a library without a device or a display, a device number that does not exist: tried in a process of its own, which may crash
+    # a library without a device or a display, a device number that does not exist: tried in a process of its
+    # own, which may crash
     draw = "import mujoco; mujoco.Renderer(mujoco.MjModel.from_xml_string('<mujoco/>'), 16, 16)"
     tried = subprocess.run([sys.executable, "-P", "-c", draw], capture_output=True, text=True)
     if tried.returncode:
         reasons = [line for line in tried.stderr.splitlines() if re.match(r"[\w.]*(Error|Exception)\b", line)]
-        return f"MUJOCO_GL is {MUJOCO_GL}, and OpenGL does not start ({reasons[0] if reasons else 'it crashes'}); {fix}"
+        reason = reasons[0] if reasons else "it crashes"
+        return f"MUJOCO_GL is {MUJOCO_GL}, and OpenGL does not start ({reason}); {fix}"
     return None
 
 
 def silence():
-    """No warnings from MuJoCo in this process, which would write MUJOCO_LOG.TXT where it stands; `diverged` tells."""
+    """No warnings from MuJoCo in this process, which would write MUJOCO_LOG.TXT where it stands; `diverged`
+    tells."""
     mujoco.set_mju_user_warning(lambda text: None)
-
-
-def stack(observations, pictures):
-    """n observations as one array: (n, S) of state vectors, or with pictures (n,) of whatever objects they are."""
-    if not pictures:
-        return np.stack(observations)
-    stacked = np.empty(len(observations), dtype=object)
-    stacked[:] = observations
-    return stacked

@@ -1,0 +1,343 @@
+"""Simulator processes, whole episodes in them, and the environments of the rollout phase. Knows no simulator
+itself.
+
+    if __name__ == "__main__":                                   # the processes import this script
+        with Workers(build, tasks, num_workers=2) as workers:    # build(tasks) -> {task: simulator} in each
+            states, observations = workers.reset(tasks, starts)  # n episodes begin
+            chunks = workers.run(tasks, states, actions)         # n chunks of actions are executed
+
+An environment *is* its state vector: every job of a worker is a pure function of its arguments. So results do
+not depend on the number of workers, a checkpoint is a copy of the state vectors, and a worker that dies is
+replaced and its work done again. A simulator (envs/aloha.py, envs/libero.py) has the methods
+
+    reset(start) -> state, observation                 run(state, actions, stop_at_success, record) -> Chunk
+    look(state, sizes) -> what a camera policy sees    render(frames, camera, height, width) -> pictures
+"""
+
+import math
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import traceback
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+
+import numpy as np
+from tqdm import tqdm
+
+TIMEOUT = 300.0  # seconds that a piece of work may take, the start of a worker included
+LARGEST_PIECE = 64  # jobs
+
+_simulators = None  # {task: simulator}, in a worker process
+
+
+@dataclass
+class Chunk:
+    """What `run` of a simulator did. T is the number of control steps really executed."""
+
+    state: np.ndarray  # (S,) after the last step; before the first if diverged
+    observation: np.ndarray  # in that state
+    success: np.ndarray  # (T,) bool, after each step
+    diverged: bool  # MuJoCo found a non-finite or absurd state: the episode has failed
+    frames: (
+        np.ndarray | None
+    )  # (T + 1, F) with record=True: what `render` needs, before the first and after every step
+
+
+# ---- inside a worker process ----
+
+
+def _start_worker(build, tasks):
+    global _simulators
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def exit_with_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=exit_with_parent, daemon=True).start()
+    try:
+        _simulators = build(tasks)
+    except Exception as error:  # told by the first job; raised here it would look like a death
+        _simulators = error
+
+
+def _call(function, jobs):
+    try:
+        if isinstance(_simulators, Exception):
+            raise _simulators
+        return [function(_simulators, *job) for job in jobs]
+    except Exception as error:  # not a death: the same job would fail the same way again
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        text = " ".join(str(error).split())
+        sentence = f"a simulator failed with {type(error).__name__}: {text} ({where.filename}:{where.lineno})"
+        raise ChildProcessError(sentence) from None
+
+
+def _reset(simulators, task, start, pictures):
+    state, observation = simulators[task].reset(start)
+    return state, simulators[task].look(state, pictures) if pictures else observation
+
+
+def _run(simulators, task, state, actions, stop_at_success, record, pictures):
+    chunk = simulators[task].run(state, actions, stop_at_success, record)
+    if pictures:
+        chunk.observation = simulators[task].look(chunk.state, pictures)
+    return chunk
+
+
+def _look(simulators, task, state, pictures):
+    return simulators[task].look(state, pictures)
+
+
+def _render(simulators, task, frames, options):
+    return simulators[task].render(frames, **options)
+
+
+# ---- in the process that owns them ----
+
+
+def progress(iterable=None, total=None, description=None):
+    """A progress bar, on stderr, for what may take long: it shows after three seconds. Under torchrun one
+    process of a machine has it."""
+    hidden = description is None or os.environ.get("LOCAL_RANK", "0") != "0"
+    mininterval = 0.5 if sys.stderr.isatty() else 5.0
+    return tqdm(
+        iterable, total=total, desc=description, leave=False, delay=3, mininterval=mininterval, disable=hidden
+    )
+
+
+def stack(observations, pictures):
+    """n observations as one array: (n, S) of state vectors, or with pictures (n,) of whatever objects they
+    are."""
+    if not pictures:
+        return np.stack(observations)
+    stacked = np.empty(len(observations), dtype=object)
+    stacked[:] = observations
+    return stacked
+
+
+class Workers:
+    """`num_workers` processes, each with its own `build(tasks)`. A worker that dies, or keeps silent for
+    `timeout` seconds over a piece of work (up to 64 jobs), is replaced and its jobs are done again; a job
+    that does so twice is lost. What a job or the build *raises* comes back at once, as a ChildProcessError
+    with its words.
+
+    With `pictures`, {camera: (height, width)}, observations are what the simulators' `look` gives, an object
+    array, instead of state vectors. There None stands for an episode that is over or was lost.
+    """
+
+    def __init__(self, build, tasks, num_workers, pictures=None, timeout=TIMEOUT):
+        self.build, self.tasks, self.num_workers = build, list(tasks), num_workers
+        self.pictures, self.timeout = pictures, timeout
+
+    def reset(self, tasks, starts, description=None):
+        """Start n episodes. description: of a progress bar -> list of n states, n observations."""
+        n = len(starts)
+        results = self.map(_reset, list(tasks), list(starts), [self.pictures] * n, description=description)
+        states, observations = zip(*results)
+        self.nothing_seen = None if self.pictures else np.zeros_like(observations[0])
+        return list(states), stack(observations, self.pictures)
+
+    def run(self, tasks, states, actions, stop_at_success=False, record=False):
+        """`run` of the simulators for every row. actions: n arrays (T, A) -> list of n `Chunk`. One whose
+        worker died over it comes back as a diverged one: no step, and the episode has failed."""
+        n = len(states)
+        same = [stop_at_success] * n, [record] * n, [self.pictures] * n
+        chunks = self.map(_run, list(tasks), list(states), list(actions), *same, may_lose=True)
+        lost = [Chunk(state, self.nothing_seen, np.zeros(0, bool), True, None) for state in states]
+        return [chunk or instead for chunk, instead in zip(chunks, lost)]
+
+    def look(self, tasks, states):
+        """The observations in n states, with pictures."""
+        return stack(self.map(_look, list(tasks), list(states), [self.pictures] * len(states)), self.pictures)
+
+    def render(self, tasks, frames, **options):
+        """Pictures for a list of recorded episodes, in parallel. options: camera, height, width."""
+        return self.map(_render, list(tasks), frames, [options] * len(frames))
+
+    def map(self, function, *columns, may_lose=False, description=None):
+        """[function(simulators, *job) for job in zip(*columns)], spread over the workers. ChildProcessError
+        if a job is lost; with may_lose it gives None, so that it costs one episode and not the run, and the
+        error comes if several are lost and no other is left."""
+        jobs = list(zip(*columns))
+        # a message costs, so the first pieces are large; the last ones are small, so that all workers are
+        # busy to the end
+        cuts = [0]
+        while cuts[-1] < len(jobs):
+            left = len(jobs) - cuts[-1]
+            cuts.append(cuts[-1] + min(math.ceil(left / (2 * self.num_workers)), LARGEST_PIECE))
+        try:
+            pieces = [self.executor.submit(_call, function, jobs[i:j]) for i, j in zip(cuts, cuts[1:])]
+            results = []
+            with progress(total=len(jobs), description=description) as bar:
+                for piece in pieces:
+                    results += piece.result(self.timeout)
+                    bar.update(len(results) - bar.n)
+            return results
+        except (BrokenProcessPool, TimeoutError):
+            self._restart()
+        results = []
+        for job in jobs:  # one by one, to find the job that does it
+            try:
+                results += self.executor.submit(_call, function, [job]).result(self.timeout)
+            except (BrokenProcessPool, TimeoutError):
+                self._restart()
+                results.append(None)
+        lost = sum(r is None for r in results)
+        if lost and (not may_lose or lost == len(results) > 1):
+            raise ChildProcessError(
+                f"{lost} of {len(results)} jobs killed their simulator process twice, or kept it silent for "
+                f"{self.timeout:g} s each time; run `python -m envs.aloha` or `python -m envs.libero` to see "
+                "whether the "
+                'simulator works here, and give a script of your own `if __name__ == "__main__":`'
+            )
+        return results
+
+    def _start(self):
+        # spawn: a forked child of a process that runs torch threads or CUDA may hang
+        context = multiprocessing.get_context("spawn")
+        sys.modules["__main__"].__dict__.setdefault(
+            "__spec__", None
+        )  # under pdb it is missing, and spawn asks for it
+        try:
+            self.executor = ProcessPoolExecutor(
+                self.num_workers, context, _start_worker, (self.build, self.tasks)
+            )
+        except OSError as error:
+            sentence = f"simulator processes cannot be started ({error.strerror}); they need room in /dev/shm"
+            raise ChildProcessError(f"{sentence} (in Docker: --shm-size)") from None
+
+    def _restart(self):
+        self.close()
+        self._start()
+
+    def close(self):
+        """Stop the processes at once."""
+        for process in list((self.executor._processes or {}).values()):
+            process.kill()
+        self.executor.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self):
+        self._start()
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+def play_episodes(workers, tasks, starts, act, limit, record=False):
+    """Play one whole episode from every start, for evaluation. tasks, starts: n each.
+
+    act(observations (n, S)) -> actions (n, T, A) is asked for all n episodes at every decision, ended or not,
+    so that the random draws of one episode do not depend on how another goes. An episode ends at its first
+    success. Returns a dict of arrays (n,): success, length (control steps to the success, or limit),
+    diverged, decisions; and frames, a list of (steps + 1, F) with record=True.
+    """
+    n, tasks = len(tasks), np.asarray(tasks)
+    states, observations = workers.reset(tasks, starts)
+    success, diverged = np.zeros(n, bool), np.zeros(n, bool)
+    length, decisions = np.zeros(n, int), np.zeros(n, int)
+    frames = [[] for _ in range(n)]
+    alive = np.arange(n)
+    while len(alive):
+        actions = act(observations)
+        now = [actions[i, : limit - length[i]] for i in alive]
+        chunks = workers.run(
+            tasks[alive], [states[i] for i in alive], now, stop_at_success=True, record=record
+        )
+        for i, chunk in zip(alive, chunks):
+            success[i], diverged[i] = chunk.success.any(), chunk.diverged
+            states[i], observations[i] = chunk.state, chunk.observation
+            length[i] += len(chunk.success)
+            decisions[i] += 1
+            if chunk.frames is not None:
+                frames[i].extend(
+                    chunk.frames[len(frames[i]) > 0 :]
+                )  # its first row is where the chunk before ended
+        alive = np.flatnonzero((length < limit) & ~diverged & ~success)
+        if workers.pictures:
+            observations[np.setdiff1d(range(n), alive)] = None  # nothing to look at, and nothing to decode
+    length[~success] = limit  # of one that diverged too
+    frames = [np.array(f) for f in frames] if record else None
+    return dict(success=success, length=length, diverged=diverged, decisions=decisions, frames=frames)
+
+
+class TrainingEnvs:
+    """Environments that start a new episode where one ends, for the rollout phase of Algorithm 1.
+
+    Environment i plays tasks[i mod len]. Each has its own generator, seeded by (seed, i), from which
+    draw_start(rng) makes its starts: the sequence of its episodes depends neither on the other environments
+    nor on the number of workers.
+    """
+
+    def __init__(self, workers, tasks, num_envs, draw_start, limit, seed, own=slice(None)):
+        self.workers, self.draw_start, self.limit = workers, draw_start, limit
+        self.indices = range(num_envs)[own]  # those of them that are played here
+        self.tasks = np.array([tasks[i % len(tasks)] for i in self.indices])
+        # the leading 1 keeps training apart from evaluation (0) and demonstrations (2), whatever the seed
+        numbers = progress(self.indices, description="seed environments")
+        self.rngs = [np.random.default_rng([1, seed, i]) for i in numbers]
+        starts = [draw_start(rng) for rng in self.rngs]
+        self.states, self.observations = workers.reset(self.tasks, starts, "start environments")
+        self.steps = np.zeros(len(self.indices), dtype=np.int64)  # control steps of the running episodes
+
+    def step(self, actions):
+        """Execute one chunk in every environment. actions: (m, T, A).
+
+        Returns a dict of arrays (m,): success reached in this chunk, num_steps really executed, terminated by
+        success or by diverged physics, truncated at the limit, last_observation (m, S) before any reset,
+        episode_steps so far. `self.observations` is where the next decision starts.
+        """
+        within_limit = [a[: self.limit - t] for a, t in zip(actions, self.steps)]
+        chunks = self.workers.run(self.tasks, self.states, within_limit, stop_at_success=True)
+        num_steps = np.array([len(c.success) for c in chunks])
+        success = np.array([bool(c.success.any()) for c in chunks])
+        self.steps += num_steps
+        terminated = success | np.array([c.diverged for c in chunks])
+        truncated = ~terminated & (self.steps >= self.limit)
+        last_observation = stack([c.observation for c in chunks], self.workers.pictures)
+        result = dict(
+            success=success,
+            num_steps=num_steps,
+            terminated=terminated,
+            truncated=truncated,
+            last_observation=last_observation,
+            episode_steps=self.steps.copy(),
+        )
+        self.states, self.observations = [c.state for c in chunks], last_observation.copy()
+        ended = np.flatnonzero(terminated | truncated)
+        if len(ended):
+            starts = [self.draw_start(self.rngs[i]) for i in ended]
+            states, self.observations[ended] = self.workers.reset(self.tasks[ended], starts)
+            for i, state in zip(ended, states):
+                self.states[i] = state
+            self.steps[ended] = 0
+        return result
+
+    def state_dict(self):
+        """Everything that decides how the environments go on, as plain values and arrays. Pictures are not
+        kept: states tell them."""
+        return dict(
+            states=np.concatenate(self.states),
+            sizes=np.array([len(s) for s in self.states]),
+            observations=None if self.workers.pictures else self.observations,
+            steps=self.steps,
+            rngs=[rng.bit_generator.state for rng in self.rngs],
+        )
+
+    def load_state_dict(self, state):
+        """Go on where `state_dict` was taken, of all environments from 0 on."""
+        self.steps = np.array(state["steps"])[self.indices]
+        states = np.split(np.array(state["states"]), np.cumsum(state["sizes"])[:-1])
+        self.states = [states[i] for i in self.indices]
+        if self.workers.pictures:
+            self.observations = self.workers.look(self.tasks, self.states)
+        else:
+            self.observations = np.array(state["observations"])[self.indices]
+        for i, rng in zip(self.indices, self.rngs):
+            rng.bit_generator.state = state["rngs"][i]

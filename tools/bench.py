@@ -1,0 +1,244 @@
+"""Speed of every part on this machine, in one go; let nothing else run.
+
+    python tools/bench.py aloha                       # raw physics, our loop, environments, base, update
+    python tools/bench.py libero --suite libero_goal  # butter/tray if left out; all ten tasks in every worker
+    python tools/bench.py pi0                         # full size, random weights; or --policy folder
+
+Raw physics is mj_step alone with known motor commands, which our loop computes itself on the same way: the
+ratio is the price of controller, success and observation. The update has the sizes of train_aloha.py's
+defaults. A chunk of π_0 costs one encode (PaliGemma over images and words) and one decode (ten steps of the
+action expert from its cache); the naive form passes the prefix twice, one environment at a time.
+"""
+
+import copy
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import shared  # first: it makes the folder above known
+import numpy as np
+import tyro
+
+import train_aloha as fpo
+from envs import load_suite
+from envs.physics import mujoco
+from envs.workers import TrainingEnvs, Workers
+from support.ranks import CPUS, SIMULATORS
+from support.run_files import parse_args, stop
+
+if __name__ == "__main__":  # simulator processes do without torch
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from base.flow import FlowBase
+    from fpo_actor import FlowActor, draw_flow_noise
+    from fpo_critic import QEnsemble, critic_loss, latent_advantage, polyak_update, td_target
+    from fpo_loss import fpo_loss
+
+
+@dataclass
+class Args:
+    what: tyro.conf.Positional[Literal["aloha", "libero", "pi0"]]  # what to measure
+    repeat: int = 10  # timed calls of each part, of which the median counts
+    num_envs: int = 32  # parallel environments
+    num_workers: int = SIMULATORS  # simulator processes
+    suite: Literal["libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"] = "libero_90"
+    task_ids: str | None = None  # of it, with commas, or all; of libero_90 56, else all if left out
+    policy: Path | None = None  # folder of a π_0; full size with random weights if left out
+    batches: tuple[int, ...] = (1, 4, 16, 64)  # environments that π_0 encodes and decodes at once
+
+
+def seconds(function, repeat):
+    """Median time of a call, after one to warm up."""
+    times = []
+    for _ in range(repeat + 1):
+        start = time.perf_counter()
+        function()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return float(np.median(times[1:]))
+
+
+def print_update(base, rollout, args):
+    """The share of an iteration that an update takes. rollout: seconds of the rest."""
+    S, D, device, flags = base.state_dim, base.latent_dim, base.device, fpo.Args()
+    n = flags.window * flags.rollout_decisions * args.num_envs
+    actor, critic = FlowActor(S, D).to(device), QEnsemble(S, D, flags.num_critics).to(device)
+    actor_adam, critic_adam = (torch.optim.Adam(network.parameters()) for network in (actor, critic))
+    target, r = copy.deepcopy(critic), torch.zeros(n, device=device)
+    s, x = torch.randn(n, S, device=device), torch.randn(n, D, device=device)
+
+    def descend(adam, loss):
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+
+    def update():
+        x_next = actor.sample(s, fpo.FLOW_STEPS)
+        for _ in range(flags.critic_steps):
+            i = torch.randint(n, (fpo.CRITIC_BATCH,), device=device)
+            y = td_target(target, r[i], r[i], r[i], s[i], x_next[i], (0, 1))
+            descend(critic_adam, critic_loss(critic, s[i], x[i], y))
+            polyak_update(target, critic, fpo.TAU)
+        states = s[torch.randint(n, (flags.actor_states,), device=device)]
+        s_a = states.repeat_interleave(flags.fresh_latents, 0)
+        x_a = actor.sample(s_a, fpo.FLOW_STEPS)
+        adv = latent_advantage(critic, states, x_a.view(len(states), -1, D)).flatten()
+        u, eps = draw_flow_noise(len(x_a), fpo.NUM_DRAWS, D, device=device)
+        with torch.no_grad():
+            cfm_init, v_old = actor.cfm_loss(x_a, s_a, u, eps)
+        for i in torch.randperm(len(adv), device=device).split(fpo.MINIBATCH):
+            cfm, v = actor.cfm_loss(x_a[i], s_a[i], u[i], eps[i])
+            loss, info = fpo_loss(cfm, cfm_init[i], adv[i], flags.beta, flags.clip_eps, 2 * flags.beta / D)
+            descend(actor_adam, loss + flags.proximal * info["slope"] * (v - v_old[i]).square().mean())
+
+    torch.set_num_threads(min(CPUS, 4))
+    spent = seconds(update, args.repeat)
+    share = spent / (rollout + spent)
+    print(f"rollout {rollout:.2f} s, update {spent:.2f} s; update / iteration {share:.3f}")
+
+
+def lean_loops(args, suite, base):
+    """Print the times of a control step, raw and ours, where the base plays five decisions in a process."""
+
+    def note(model, data):
+        commands.append(data.ctrl.copy())
+        step2(model, data)
+
+    def raw():
+        simulator.run(start, actions[:0])  # goes to the state
+        for u in commands:
+            simulator.data.ctrl[:] = u
+            mujoco.mj_step(simulator.model, simulator.data, substeps)
+
+    for k, name in suite.names.items():
+        simulator, commands, chunks = suite.build([k])[k], [], []
+        start, observation = state, _ = simulator.reset(suite.starts[0])
+        mujoco.mj_step2, step2 = note, mujoco.mj_step2  # writes down what our loop sends to the motors
+        for _ in range(5):
+            x = torch.randn(1, base.latent_dim, device=base.device)
+            chunks.append(base.decode(base.encode(observation[None])[1], x)[0].cpu().numpy())
+            chunk = simulator.run(state, chunks[-1])
+            state, observation = chunk.state, chunk.observation
+        mujoco.mj_step2, actions = step2, np.concatenate(chunks)
+        substeps = simulator.substeps * len(actions) // len(commands)
+        # in turns: the speed of a shared machine wanders
+        both = [
+            (seconds(raw, 1), seconds(lambda: simulator.run(start, actions), 1)) for _ in range(args.repeat)
+        ]
+        (basis, ours), ratio = 1000 * np.median(both, 0) / len(actions), np.median([b / a for a, b in both])
+        reset = 1000 * seconds(lambda: simulator.reset(suite.starts[0]), args.repeat)
+        print(f"{name}: reset {reset:.1f} ms; a control step raw {basis:.2f} ms", flush=True)
+        print(f"  ours {ours:.2f} ms, {ratio:.2f} times raw")
+        if args.what == "libero":
+            simulator.env.reset()
+            theirs = 1000 * seconds(lambda: simulator.env.step(actions[0]), args.repeat)
+            print(f"  LIBERO's own environment {theirs:.1f} ms, {theirs / basis:.1f} times raw")
+
+
+def rollout_seconds(args, suite, base):
+    """Print the speed of environments in workers, and of the base. -> seconds of a rollout"""
+    actor, times = FlowActor(base.state_dim, base.latent_dim).to(base.device), []
+    torch.set_num_threads(1)
+    with Workers(suite.build, suite.tasks, args.num_workers) as workers:
+        envs = TrainingEnvs(workers, suite.tasks, args.num_envs, suite.draw_start, suite.limit, 0)
+        for _ in range(args.repeat + 1):
+            start = time.perf_counter()
+            s, context = base.encode(envs.observations)
+            actions = base.decode(context, actor.sample(s, fpo.FLOW_STEPS)).cpu().numpy()
+            between = time.perf_counter()
+            steps = envs.step(actions)["num_steps"].sum()
+            times.append((between - start, time.perf_counter() - between, steps))
+    decide, play, steps = np.median(times[1:], 0)  # the first one warms up
+    print(f"{args.num_workers} workers: {steps / play:.0f} control steps/s")
+    print(f"sample and decode: {1000 * decide:.1f} ms a decision of {args.num_envs} environments")
+    return fpo.Args().rollout_decisions * (decide + play)
+
+
+def make_pi0(policy, device):
+    """π_0 from a folder, or for LIBERO, of full size, with random weights and no processors. -> Pi0Base"""
+    if policy is None and device.type == "cpu":
+        stop("--policy is missing: a CPU takes minutes a chunk of a full-size π_0; name a folder")
+    try:
+        from base.pi0 import Pi0Base
+
+        if policy:
+            return Pi0Base.load(policy, "libero", ("image", "image2", "top"), device)
+        from lerobot.configs import FeatureType, PolicyFeature
+        from lerobot.policies.factory import get_policy_class, make_policy_config
+        from lerobot.processor import PolicyProcessorPipeline
+    except (ImportError, ValueError) as error:
+        stop(f"--policy is {policy}: {error}")
+    cameras, picture = ("image", "image2"), PolicyFeature(FeatureType.VISUAL, (3, 224, 224))
+    inputs = {f"observation.images.{camera}": picture for camera in cameras}
+    inputs["observation.state"] = PolicyFeature(FeatureType.STATE, (8,))
+    sizes = dict(input_features=inputs, output_features={"action": PolicyFeature(FeatureType.ACTION, (7,))})
+    config = make_policy_config("pi0", device=str(device), dtype="bfloat16", n_action_steps=10, **sizes)
+    policy = get_policy_class("pi0")(config).eval().requires_grad_(False)
+    experts = policy.model.paligemma_with_expert
+    experts.paligemma.lm_head = experts.gemma_expert.lm_head = None  # as Pi0Base.load does
+    return Pi0Base(policy, *[PolicyProcessorPipeline(steps=[])] * 3, cameras)
+
+
+def pi0_parts(args, base):
+    """Print the times of several batch sizes, beside the naive form and the card. -> seconds of a rollout"""
+    policy, config, device, cuda = base.policy, base.config, base.device, base.device.type == "cuda"
+
+    def batch_of(n, words=48):  # of the instruction, padding included
+        batch = {key: torch.rand(n, *f.shape, device=device) for key, f in config.image_features.items()}
+        state = config.input_features["observation.state"].shape
+        batch["observation.state"] = torch.randn(n, *state, device=device)
+        batch["observation.language.tokens"] = torch.randint(1, 250, (n, words), device=device)
+        batch["observation.language.attention_mask"] = torch.ones(n, words, dtype=torch.bool, device=device)
+        return batch, torch.randn(n, *base.noise_shape, device=device)
+
+    print(f"{torch.cuda.get_device_name() if cuda else 'CPU'}, torch {torch.__version__}, {config.dtype}")
+    one, w = batch_of(1)
+    naive = seconds(lambda: (base._prefix(one), policy.predict_action_chunk(one, noise=w)), args.repeat)
+    print(f"naive form: {1000 * naive:.1f} ms a chunk, {1 / naive:.1f} chunks/s\n")
+    print("| batch | encode, ms | decode, ms | chunks/s | of the naive form | peak, GB |\n|" + "---|" * 6)
+    times = {}
+    for n in args.batches:
+        batch, w = batch_of(n)
+        encode, prefix = seconds(lambda: base._prefix(batch), args.repeat), base._prefix(batch)
+        prefix.pop("features")
+        decode = seconds(lambda: base._integrate(prefix, w), args.repeat)
+        times[n], rate = (encode, decode), n / (encode + decode)
+        cells = n, 1000 * encode, 1000 * decode, rate, rate * naive, torch.cuda.max_memory_allocated() / 1e9
+        print("| {} | {:.1f} | {:.1f} | {:.1f} | {:.2f} | {:.1f} |".format(*cells), flush=True)
+    # what the card really does: products of large bf16 matrices, copies of a large array
+    size, room = (8192, 2**30) if cuda else (512, 2**24)
+    square = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+    matrix = 2 * size**3 / seconds(lambda: square @ square, args.repeat)
+    copies = 2 * room / seconds(torch.zeros(room, dtype=torch.uint8, device=device).clone, args.repeat)
+    with FlopCounterMode(display=False) as counter:
+        prefix = base._prefix(one)
+    modules = [m for name, m in policy.model.named_children() if name != "paligemma_with_expert"]
+    modules.append(policy.model.paligemma_with_expert.gemma_expert)
+    weights = sum(p.nbytes for module in modules for p in module.parameters())
+    cache = sum(layer.keys.nbytes + layer.values.nbytes for layer in prefix["past_key_values"].layers)
+    print(f"\nthe card: {matrix / 1e12:.1f} TFLOP/s on large bf16 matrices, copies {copies / 1e9:.0f} GB/s")
+    for n, (encode, decode) in times.items():  # decode: the weights once a step, the cache cloned and read
+        compute = counter.get_total_flops() * n / encode / matrix
+        memory = config.num_inference_steps * (weights + 3 * cache * n) / decode / copies
+        print(f"batch {n}: encode {compute:.1%} of that matrix rate, decode {memory:.1%} of that bandwidth")
+    return fpo.Args().rollout_decisions * args.num_envs / max(times) * sum(times[max(times)])
+
+
+if __name__ == "__main__":
+    args = parse_args(Args, __doc__)
+    shared.check_limits(args, "repeat num_envs num_workers batches", 1)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.what == "pi0":
+        base = make_pi0(args.policy, device)
+        with torch.no_grad():
+            rollout = pi0_parts(args, base)
+    else:
+        suite = load_suite(args.suite if args.what == "libero" else "aloha", args.task_ids)
+        name = "libero_90_task56" if suite.name.startswith("libero_90") else suite.name
+        base = FlowBase.load(shared.ROOT / "weights" / f"{name}.safetensors", device)
+        lean_loops(args, suite, base)
+        rollout = rollout_seconds(args, suite, base)
+    print_update(base, rollout, args)
