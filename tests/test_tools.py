@@ -28,7 +28,7 @@ def demonstrations(tmp_path_factory):
 
 
 def test_each_grasp_works_on_its_half_of_the_table(demonstrations):
-    """D15: the slide where the cube lies far from the arm, the hook where it is near; both at every place."""
+    """The slide where the cube lies far from the arm, the hook where it is near; both at every place."""
     from demo_aloha import ARM, MODES
 
     cwd, text = demonstrations
@@ -75,7 +75,7 @@ def test_libero_demonstrations(tmp_path):
 
 @pytest.mark.slow
 def test_each_spot_works_for_its_half_of_the_placements_and_its_clone(tmp_path):
-    """D15: near and far grasps are shown at every placement; which one succeeds is the butter's x."""
+    """Near and far grasps are shown at every placement; which one succeeds is the butter's x."""
     flags = "--task-ids 56 --num-demos 24 --spots 0.045 0.050 --out demos.npz"
     result = tool("demo_libero", tmp_path, *flags.split())
     assert result.returncode == 0, result.stderr
