@@ -22,7 +22,8 @@ CAMERAS = ("image", "image2")
 
 def test_without_lerobot_one_sentence(tmp_path, monkeypatch):
     """Python 3.11, or 3.12 without the package: here an import that fails."""
-    monkeypatch.setitem(sys.modules, "lerobot", None)
+    for name in ["lerobot", *(name for name in sys.modules if name.startswith("lerobot."))]:
+        monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setattr("envs.aloha.opengl_problem", lambda *_: None)
     for name, *flags in (
         ("train_aloha.py", "--base", "somewhere"),
