@@ -161,28 +161,23 @@ def check_ffmpeg():
 
 @dataclass
 class Args:
-    what: tyro.conf.Positional[
-        str
-    ]  # a checkpoint (.pt), a flow policy (.safetensors), or the folder or hub name of a π_0
+    what: tyro.conf.Positional[str]
+    """a checkpoint (.pt), a flow policy (.safetensors), or the folder or hub name of a π_0"""
     suite: Literal["aloha", "libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"] = (
         "aloha"
     )
     """the tasks of a base; a checkpoint knows its own"""
-    task_ids: str | None = (
-        None  # of a LIBERO suite: numbers with commas, or all; 56 for libero_90, else all if left out
-    )
+    task_ids: str | None = None
+    """of a LIBERO suite: numbers with commas, or all; 56 for libero_90, else all if left out"""
     base: str | None = None  # of a checkpoint, where it has moved
     pi0: Pi0Options = field(default_factory=Pi0Options)
-    device: Literal["auto", "cpu", "cuda"] = (
-        "auto"  # where the networks run; auto takes CUDA where there is one
-    )
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where the networks run; auto takes CUDA where there is one"""
     episodes: int | None = None  # a task; 200 on ALOHA and 50, the official states, on LIBERO if left out
-    num_workers: int | None = (
-        None  # simulator processes of a rank; results do not depend on it; one a core if left out
-    )
-    video: bool = (
-        False  # films, base and tuned actor side by side: an episode fixed, broken, kept, failed (needs EGL)
-    )
+    num_workers: int | None = None
+    """simulator processes of a rank; results do not depend on it; one a core if left out"""
+    video: bool = False
+    """films, base and tuned actor side by side: an episode fixed, broken, kept, failed (needs EGL)"""
     run_name: str | None = None  # folder below runs/; evaluate__<task>__<time> if left out
 
 

@@ -64,9 +64,8 @@ class Args:
     clamp_target: bool = True  # keep the target of Eq. 5 within [0, 1], where the return lies
     shuffle_advantages: bool = False  # permute the advantages: a control that must not learn
     literal: bool = False  # --proximal 0 --no-clamp-target --fresh-latents 0, no σ floor, stored V
-    base: str | None = (
-        None  # frozen policy: weights/<suite>.safetensors if left out; a π_0's folder or hub name
-    )
+    base: str | None = None
+    """frozen policy: weights/<suite>.safetensors if left out; a π_0's folder or hub name"""
     pi0: Pi0Options = field(default_factory=Pi0Options)
     eval_every: int | None = None  # steps between evaluations; if left out 50 000, 100 000
     eval_episodes: int = 50  # a task, of the first and the last evaluation; those between play half of them

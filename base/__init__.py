@@ -12,15 +12,12 @@ from support.run_files import stop
 class Pi0Options:
     """How π_0 itself is played; for a small flow policy they must stay as they are."""
 
-    latent: Literal["dct", "full", "repeat"] = (
-        "dct"  # what x steers: low modes along time, all noise, or one row as DSRL
-    )
-    chunk_steps: int | None = (
-        None  # control steps executed of a chunk; the policy's own n_action_steps if left out
-    )
-    openpi_aloha: bool = (
-        False  # the policy comes from openpi, whose ALOHA has other signs of joints and gripper units
-    )
+    latent: Literal["dct", "full", "repeat"] = "dct"
+    """what x steers: low modes along time, all noise, or one row as DSRL"""
+    chunk_steps: int | None = None
+    """control steps executed of a chunk; the policy's own n_action_steps if left out"""
+    openpi_aloha: bool = False
+    """the policy comes from openpi, whose ALOHA has other signs of joints and gripper units"""
 
 
 def load_base(name, options, suite, device, steerable=True):

@@ -49,3 +49,11 @@ def test_components_import_torch_and_the_standard_library_only():
     for name in ("fpo_actor", "fpo_critic", "fpo_loss", "fpo_buffer"):
         imports = re.findall(r"^(?:from|import) (\w+)", (ROOT / f"{name}.py").read_text(), re.M)
         assert set(imports) <= {"torch", "math"}, name
+
+
+def test_every_flag_has_a_help_text():
+    for name in ("train_aloha.py", "train_libero.py", "evaluate.py", "base/__init__.py"):
+        text = (ROOT / name).read_text()
+        flags = re.search(r"@dataclass\nclass .+?(?=\n\n\n)", text, re.S).group()
+        for flag, rest in re.findall(r"^    (\w+): (.+(?:\n    (?:    .+|\)|\"\"\".+))*)", flags, re.M):
+            assert "  # " in rest.splitlines()[0] or '"""' in rest or flag == "pi0", f"{name}: {flag}"

@@ -33,12 +33,10 @@ class Args(baseline.Args):
     actor_lr: float = 3e-4  # learning rate of the actor and of the temperature (Adam)
     anneal_lr: bool = False  # let the actor's learning rate fall linearly to 0 over the run, as FPO's does
     critic_lr: float = 1e-3  # learning rate of the critics (Adam)
-    target_entropy: float = (
-        0.7  # entropy that the temperature aims at, nats a latent dimension; N(0, 1) has 1.42
-    )
-    temperature: float = (
-        0.001  # first temperature; at 0.01 the entropy swells for the first 50 thousand steps
-    )
+    target_entropy: float = 0.7
+    """entropy that the temperature aims at, nats a latent dimension; N(0, 1) has 1.42"""
+    temperature: float = 0.001
+    """first temperature; at 0.01 the entropy swells for the first 50 thousand steps"""
     backup_entropy: bool = False  # entropy in the TD target: success ends it, failing would pay
     bound: float = 3.0  # latents lie within ± this; FPO's have no bound
     num_critics: int = 5  # M, members of the ensemble
