@@ -360,7 +360,7 @@ def test_bad_input_gets_one_sentence_and_touches_nothing(beside, flags, words):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ([], ["what"]),
+        ([], ["Missing", "a checkpoint (.pt)"]),
         (["runs/nowhere/last.pt"], ["runs/nowhere/last.pt", "cannot be read"]),
         (["runs/flipped/last.pt"], ["runs/flipped/last.pt", "damaged"]),
         (["runs/cut/last.pt"], ["runs/cut/last.pt", "damaged"]),
