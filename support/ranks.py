@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from support.run_files import stop
+from support.run_files import RANK, stop
 
 
 def cores(cgroup=Path("/sys/fs/cgroup")):
@@ -30,7 +30,7 @@ def cores(cgroup=Path("/sys/fs/cgroup")):
     return free
 
 
-RANK, WORLD = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
+WORLD = int(os.environ.get("WORLD_SIZE") or 1)
 CPUS = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE") or 1))  # of this rank
 SIMULATORS = min(CPUS, 16)  # processes, where --num-workers is left out
 RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)  # by torchrun --max-restarts
@@ -62,8 +62,7 @@ def share(num_envs, num_tasks):
     if num_envs < num_tasks:
         stop(
             f"--num-envs is {num_envs}, so that some of the {num_tasks} tasks would never be trained; give "
-            "at least "
-            f"{num_tasks}, or fewer --task-ids"
+            f"at least {num_tasks}, or fewer --task-ids"
         )
     if num_envs % WORLD:
         stop(f"--num-envs is {num_envs}, which {WORLD} ranks cannot share evenly; give a multiple of {WORLD}")

@@ -27,6 +27,8 @@ from tqdm import tqdm
 
 # torch is imported where it is used: --help need not wait for it
 
+RANK = int(os.environ.get("RANK") or 0)  # under torchrun; rank 0 writes
+
 METRICS = (
     "iteration charts/env_steps charts/success charts/return charts/episode_length charts/SPS "
     "charts/rollout_seconds charts/update_seconds eval/success losses/critic losses/surrogate "
@@ -161,8 +163,7 @@ def check_args(args, suite):
     if args.num_envs and args.num_envs * args.rollout_decisions < 2:
         stop(
             f"--num-envs {args.num_envs} with --rollout-decisions {args.rollout_decisions} makes one sample "
-            "an iteration; "
-            "Eq. 3 needs at least 2"
+            "an iteration; Eq. 3 needs at least 2"
         )
     check_device(args.device, args.resume)
     if args.track:
@@ -175,8 +176,7 @@ def check_device(device, resume=None):
         if resume:
             stop(
                 f"--resume is {resume}, a run of a GPU, whose random numbers a CPU cannot go on with; resume "
-                "it where "
-                "torch finds a CUDA device"
+                "it where torch finds a CUDA device"
             )
         stop("--device is cuda, but torch finds no CUDA device here; use --device cpu or --device auto")
 
@@ -186,7 +186,7 @@ def check_tracking():
     before anything is written."""
     if importlib.util.find_spec("wandb") is None:
         stop("--track needs wandb, which is not installed; pip install wandb")
-    if os.environ.get("RANK", "0") != "0":  # rank 0 alone sends anything
+    if RANK > 0:  # it sends nothing
         return
     import wandb
 
@@ -203,9 +203,8 @@ def check_tracking():
 
 def wilson(successes, n):
     """Wilson 95 % interval of a success rate. -> (low, high)."""
-    from statsmodels.stats.proportion import (
-        proportion_confint,
-    )  # loads pandas and scipy: seconds that --help can do without
+    # loads pandas and scipy: seconds that --help can do without
+    from statsmodels.stats.proportion import proportion_confint
 
     return proportion_confint(successes, n, method="wilson")
 
@@ -227,11 +226,8 @@ def write_atomically(path, data):
             try:
                 os.fsync(file.fileno())
             except OSError as error:
-                if error.errno not in (
-                    errno.EINVAL,
-                    errno.ENOTSUP,
-                    errno.ENOSYS,
-                ):  # some network and FUSE folders have no fsync
+                no_fsync = errno.EINVAL, errno.ENOTSUP, errno.ENOSYS  # of some network and FUSE folders
+                if error.errno not in no_fsync:
                     raise
         os.replace(partial, path)
     finally:
@@ -242,7 +238,7 @@ def save_checkpoint(folder, content, args, keep=False):
     """Write folder/last.pt: torch's own format followed by its SHA-256, so that damage is found when it is
     read, and with what evaluate.py has to know of args. Arrays become tensors. keep: also as
     step<env_steps>.pt."""
-    if int(os.environ.get("RANK") or 0) > 0:
+    if RANK > 0:
         return
     import torch
 
@@ -270,8 +266,7 @@ def load_checkpoint(path, flag, made_for=None):
     except OSError as error:
         stop(
             f"{flag} is {path}, which cannot be read ({error.strerror}); give the path of a checkpoint such "
-            "as "
-            "runs/<name>/last.pt"
+            "as runs/<name>/last.pt"
         )
     data, digest = data[:-32], data[-32:]
     if hashlib.sha256(data).digest() != digest:
@@ -301,8 +296,7 @@ def new_run_folder(name, default, again=False):
     if name is not None and (name in ("", "..") or Path(name).name != name or not name.isprintable()):
         stop(
             f"--run-name is {name!r}, but it must be the name of one folder, which is made in runs/; leave "
-            "path and "
-            "control letters out"
+            "path and control letters out"
         )
     default = default[:100]  # a file's name has at most 255 bytes
     try:
@@ -318,20 +312,18 @@ def new_run_folder(name, default, again=False):
             if name:
                 stop(
                     f"--run-name is {name}, but {folder} exists already; choose another name, or continue it "
-                    "with "
-                    f"--resume {folder}"
+                    f"with --resume {folder}"
                 )
         except OSError as error:
             stop(
                 f"--run-name is {folder.name}, but {folder} cannot be made ({error.strerror}); choose "
-                "another name, or "
-                "start where you may write"
+                "another name, or start where you may write"
             )
 
 
 def run_folder(args, task, restarts=0):
     """The folder of a run, on rank 0: that of --resume, or a new one with its args.json."""
-    if int(os.environ.get("RANK") or 0) > 0:
+    if RANK > 0:
         return None
     if args.resume:
         return Path(args.resume)
@@ -415,7 +407,7 @@ def clean_end(script, folder):
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGXCPU):
         signal.signal(number, interrupt)
     try:
-        if os.environ.get("RANK", "0") == "0":  # the rank that writes
+        if RANK == 0:
             lock_folder(folder)
         yield interrupts
     except KeyboardInterrupt:
@@ -434,19 +426,15 @@ def mean(values):
     return float(np.mean(values)) if len(values) else ""
 
 
-def progress_bar(total, initial=0):
-    """The bar of a run, of one rank: control steps, a second, time left."""
+def progress_bar(total, **options):
+    """A bar of the rank that writes; options: tqdm's. Where it is no terminal it speaks twice a minute."""
     pause = 0.5 if sys.stderr.isatty() else 30.0  # seconds between two looks
-    hidden = int(os.environ.get("RANK") or 0) > 0
-    return tqdm(
-        total=total,
-        initial=initial,
-        unit="step",
-        unit_scale=True,
-        mininterval=pause,
-        smoothing=0.1,
-        disable=hidden,
-    )
+    return tqdm(total=total, mininterval=pause, disable=RANK > 0, **options)
+
+
+def steps_bar(total, initial=0):
+    """The bar of a run: control steps, a second, time left."""
+    return progress_bar(total, initial=initial, unit="step", unit_scale=True, smoothing=0.1)
 
 
 def check_finite(row, folder):
@@ -466,7 +454,7 @@ class RunLogs:
 
     def __init__(self, folder, args, saved=None):
         self.episodes = self.metrics = self.track = None
-        if int(os.environ.get("RANK") or 0) > 0:
+        if RANK > 0:
             return
         from torch.utils.tensorboard import SummaryWriter
 
@@ -538,13 +526,6 @@ class CsvLog:
         self.writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
         self.file.flush()
         self.rows += 1
-
-
-def write_arrays(path, arrays):
-    """Write a dict of arrays as an .npz, in one piece."""
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
-    write_atomically(path, buffer.getvalue())
 
 
 def make_out_folder(path):

@@ -71,7 +71,7 @@ class Baseline:
                 self.play("zero latents", lambda s, noise: 0 * noise)
                 starts = suite.draw_start, suite.limit, args.seed
                 self.envs = TrainingEnvs(self.workers, suite.tasks, args.num_envs, *starts)
-                self.bar = run_files.progress_bar(args.total_env_steps)
+                self.bar = run_files.steps_bar(args.total_env_steps)
                 self.clock, self.steps_then = time.perf_counter(), 0
                 yield
         except ChildProcessError as error:
