@@ -28,7 +28,7 @@ from support.run_files import check_args, parse_args
 
 GAMMA = 0.999  # γ of Eq. 1, per control step
 FLOW_STEPS = 4  # steps in which the actor's flow is integrated
-CRITIC_BATCH = 256  # transitions of one gradient step of the critics
+CRITIC_BATCH = 128  # transitions of one gradient step of the critics
 TAU = 0.05  # Polyak step of the target critics, not the τ of Eq. 7
 EXPLORE_ETA = 0.05  # η of Eq. 7
 NUM_DRAWS = 2  # N, draws of (u, ε) behind every CFM loss
@@ -52,7 +52,7 @@ class Args:
     critic_warmup: int = 4  # first iterations that train the critics only
     critic_steps: int = 160  # gradient steps of the critics per iteration
     fresh_latents: int = 8  # latents per state the actor learns from, valued by critics; 0: executed, by GAE
-    actor_states: int = 3200  # states of the window, per iteration, whose fresh latents the actor learns from
+    actor_states: int = 1600  # states of the window, per iteration, whose fresh latents the actor learns from
     actor_lr: float = 3e-4  # learning rate of θ (Adam)
     anneal_lr: bool = True  # let the actor's learning rate fall linearly to 0 over the run
     critic_lr: float = 3e-3  # learning rate of φ (Adam)
@@ -119,8 +119,8 @@ if __name__ == "__main__":
     actor = FlowActor(S, D).to(device)
     critic, target = (QEnsemble(S, D, args.num_critics).to(device) for _ in range(2))
     target.load_state_dict(critic.state_dict())
-    actor_adam = torch.optim.Adam(actor.parameters(), args.actor_lr)
-    critic_adam = torch.optim.Adam(critic.parameters(), args.critic_lr)
+    actor_adam = torch.optim.Adam(actor.parameters(), args.actor_lr, fused=True)
+    critic_adam = torch.optim.Adam(critic.parameters(), args.critic_lr, fused=True)
     learners = dict(actor=actor, critic=critic, target=target, actor_adam=actor_adam, critic_adam=critic_adam)
     buffer = TrajectoryBuffer(args.window)
     generator = torch.Generator(device).manual_seed(args.seed)  # every draw of training
