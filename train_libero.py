@@ -196,7 +196,7 @@ if __name__ == "__main__":
                     episodes.append((t, own.start + i, success, length, episode_return))
                 bar.update(ranks.WORLD * int(step["num_steps"].sum()))
             batch = {k: torch.stack([row[k] for row in rows]) for k in rows[0]}
-            batch = ranks.of_all(batch, own, E)  # (T, E, …)
+            batch = ranks.of_all(batch)  # (T, E, …)
             episodes = sorted(sum(ranks.gathered(episodes), []))
             env_steps += int(batch.pop("num_steps").sum())
             recent.extend(success for _, _, success, _, _ in episodes)

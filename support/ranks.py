@@ -1,7 +1,4 @@
-"""What the ranks of one run tell each other under torchrun. With a single process nothing is sent and no
-number changes.
-
-    torchrun --nproc-per-node 2 train_aloha.py --seed 1
+"""What the ranks of one run tell each other under torchrun; of a single process nothing is sent.
 
 Every rank plays its own environments with its own base. What they have seen is gathered once an iteration,
 and then every rank does the same update on all of it with the same draws; so n ranks of m environments are
@@ -17,15 +14,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from support.run_files import RANK, stop
+from support.flags import RANK, RESTARTS, stop
 
 
 def cores(cgroup=Path("/sys/fs/cgroup")):
-    """How many cores this process may use: those that it may run on, or fewer where a container has a
-    quota."""
+    """How many cores this process may use, fewer than there are where a container has a quota."""
     free = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with contextlib.suppress(OSError, ValueError):  # "max 100000" is no quota
-        quota, period = (int(number) for number in (cgroup / "cpu.max").read_text().split())
+        quota, period = map(int, (cgroup / "cpu.max").read_text().split())
         free = min(free, max(1, quota // period))
     return free
 
@@ -33,7 +29,6 @@ def cores(cgroup=Path("/sys/fs/cgroup")):
 WORLD = int(os.environ.get("WORLD_SIZE") or 1)
 CPUS = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE") or 1))  # of this rank
 SIMULATORS = min(CPUS, 16)  # processes, where --num-workers is left out
-RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)  # by torchrun --max-restarts
 
 
 def connect(device):
@@ -49,21 +44,16 @@ def connect(device):
         device, backend = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
     if WORLD > 1:
-        # torchrun keeps its store over a restart, with the addresses of dead ranks: ours has a part for every
-        # start
+        # torchrun keeps its store over a restart, with dead ranks' addresses: ours has a part for every start
         store = dist.PrefixStore(f"start{RESTARTS}", next(rendezvous("env://"))[0])
         dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD)
     return device
 
 
 def share(num_envs, num_tasks):
-    """The environments that this rank plays, a slice. Stops if the ranks cannot share them evenly, or tasks
-    get none."""
+    """The environments that this rank plays, a slice. Stops if ranks get unequal shares, or tasks none."""
     if num_envs < num_tasks:
-        stop(
-            f"--num-envs is {num_envs}, so that some of the {num_tasks} tasks would never be trained; give "
-            f"at least {num_tasks}, or fewer --task-ids"
-        )
+        stop(f"--num-envs is {num_envs}, too few for {num_tasks} tasks; give more, or fewer --task-ids")
     if num_envs % WORLD:
         stop(f"--num-envs is {num_envs}, which {WORLD} ranks cannot share evenly; give a multiple of {WORLD}")
     return slice(RANK * num_envs // WORLD, (RANK + 1) * num_envs // WORLD)
@@ -77,17 +67,12 @@ def gathered(value):
     return values
 
 
-def of_all(columns, own, size):
-    """Columns of all environments from those of the ranks: {name: (T, m, …)} -> {name: (T, size, …)} on every
-    rank."""
+def of_all(columns):
+    """Columns of all environments from those of the ranks, {name: (T, m, …)} -> {name: (T, n·m, …)}."""
     if WORLD == 1:
         return columns
-    whole = {}
-    for name, values in columns.items():
-        whole[name] = values.new_zeros(len(values), size, *values.shape[2:])
-        whole[name][:, own] = values
-        dist.all_reduce(whole[name])
-    return whole
+    parts = gathered({name: values.cpu() for name, values in columns.items()})
+    return {k: torch.cat([part[k] for part in parts], 1).to(columns[k].device) for k in columns}
 
 
 def broadcast(*modules):
@@ -98,22 +83,16 @@ def broadcast(*modules):
 
 
 def joined(rows, own=None):
-    """One dict of arrays and lists from those of the ranks, one behind the other; None stays None. With own,
-    the numbers of a rank's rows, in the order of the numbers; rows may then be None, on a rank that has
-    none."""
+    """One dict of arrays and lists from those of the ranks, one behind the other, or in the order of `own`,
+    the numbers of a rank's rows. None stays None; a rank without rows has None instead of the dict."""
     if WORLD == 1:
         return rows
     parts = [part for part in gathered((rows, own)) if part[0] is not None]
-    order = None if own is None else np.argsort(np.concatenate([numbers for _, numbers in parts]))
-    whole = {}
+    whole = dict(parts[0][0])
     for key, first in parts[0][0].items():
-        columns = [part[key] for part, _ in parts]
-        if first is None:
-            whole[key] = None
-        elif isinstance(first, np.ndarray):
-            column = np.concatenate(columns)
-            whole[key] = column if order is None else column[order]
-        else:
-            column = sum(columns, [])
-            whole[key] = column if order is None else [column[i] for i in order]
+        if first is not None:
+            column = [value for part, _ in parts for value in part[key]]
+            if own is not None:
+                column = [column[i] for i in np.argsort(np.concatenate([numbers for _, numbers in parts]))]
+            whole[key] = np.array(column) if isinstance(first, np.ndarray) else column
     return whole
