@@ -50,8 +50,8 @@ def parse_args(cls, description):
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # closed, by cron say
-            setattr(sys, name, open(os.devnull, "w"))
-        elif isinstance(stream, io.TextIOWrapper):
+            setattr(sys, name, LastingStream(open(os.devnull, "wb"), errors="replace"))
+        elif type(stream) is io.TextIOWrapper:  # not one of ours
             setattr(sys, name, LastingStream(stream.buffer, stream.encoding, errors="replace"))
     args = tyro.cli(cls, description=(description or "").split("\n\n")[0])
     if getattr(args, "resume", None):
