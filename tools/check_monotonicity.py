@@ -9,17 +9,13 @@ Spearman's rank correlation with 2 draws of (u, ε), as many as an update has, a
 from the assumption; and the slope of log π's rise on D/2 · Δℓ.
 """
 
-import os
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
+from shared import ROOT  # first: it makes the folder above known
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -67,22 +63,6 @@ def log_density(actor, x, s, steps):
     return y[:, D] - 0.5 * (y[:, :D].square().sum(1) + D * np.log(2 * np.pi))
 
 
-def record(folder, command):
-    """Run `command`, which writes folder/last.pt every iteration, and keep all as hard links. -> paths"""
-    child, source, kept, seen, ended = subprocess.Popen(command), folder / "last.pt", [], None, False
-    try:
-        while not ended:
-            ended = child.poll() is not None  # asked before looking, so that the last one is not missed
-            if source.exists() and source.stat().st_mtime_ns != seen:  # a new file each, that was renamed
-                seen = source.stat().st_mtime_ns
-                kept.append(folder / f"iteration{len(kept):04d}.pt")
-                os.link(source, kept[-1])
-            time.sleep(0.2)
-    finally:
-        child.terminate()
-    return kept  # of a run that has failed those until then
-
-
 @torch.no_grad()
 def compare_update(before, after, samples, ode_steps, generator):
     """Δℓ against the change of log π over one update. before, after: consecutive checkpoints. -> a row"""
@@ -126,9 +106,11 @@ if __name__ == "__main__":
     make_out_folder(args.out)
     for name in args.runs:
         run_name = f"monotonicity_{name}_seed{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        flags = f"--device cpu --seed {args.seed} --run-name {run_name} --eval-episodes 2 {RUNS[name]}"
-        flags += f" --total-env-steps {args.total_env_steps} --eval-every {args.total_env_steps}"
-        kept = record(Path("runs") / run_name, [sys.executable, ROOT / "train_aloha.py", *flags.split()])
+        flags = f"--device cpu --seed {args.seed} --run-name {run_name} {RUNS[name]}"
+        flags += f" --total-env-steps {args.total_env_steps}"
+        flags += " --eval-every 1 --eval-episodes 2"  # a checkpoint is kept at every evaluation: all of them
+        subprocess.run([sys.executable, ROOT / "train_aloha.py", *flags.split()])
+        kept = sorted(Path("runs", run_name).glob("step*.pt"))  # of a run that has failed those until then
         generator, rows, before = torch.Generator().manual_seed(args.seed), [], None
         for path in tqdm(kept, desc=f"measure {name}", unit="iteration"):
             after = load_checkpoint(path, "last.pt")

@@ -35,6 +35,9 @@ FORMULA = "s = (observation - state_mean) / state_std, clipped to ±5; knots = c
 UNDECIDED = 5  # control steps at an episode's start, in which the state does not tell the behaviour yet
 # metres a radian at arm's length, of six joints; the gripper's full way counts as 0.1
 ALOHA_LEVERS = (0.5, 0.5, 0.4, 0.05, 0.2, 0.05, 0.1)
+NETWORK = dict(flow_steps=10, hidden=256, blocks=3)  # Euler steps from noise to chunk; width, residual blocks
+LR = 1e-3  # AdamW's first learning rate, decayed to 0 along a cosine
+STATE_NOISE = 0.02  # Gaussian noise on the normalised state in training, standard deviations
 
 
 @dataclass
@@ -47,14 +50,9 @@ class Args:
     latent_dim: int | None = None  # principal components of a chunk; 24, for LIBERO 16 if left out
     chunk_steps: int | None = None  # control steps a chunk; 40, for LIBERO 16 if left out, 0.8 s
     knots: int = 9  # points of a chunk between which actions are interpolated
-    flow_steps: int = 10  # Euler steps from noise to chunk
-    hidden: int = 256  # width of the velocity network
-    blocks: int = 3  # residual blocks of the velocity network
     steps: int | None = None  # gradient steps; 10000, libero_90_task56 9000, a suite 15000 if left out
     batch: int = 512  # chunks a gradient step
-    lr: float = 1e-3  # AdamW's first learning rate, decayed to 0 along a cosine
     ema: float = 0.995  # decay of the averaged weights, which are the ones kept
-    state_noise: float = 0.02  # Gaussian noise on the normalised state in training, standard deviations
     eval_episodes: int | None = None  # a task, at the end, or 0; 200, 50, for a suite 20 if left out
     workers: int = 2  # simulator processes
 
@@ -92,8 +90,7 @@ def load_demos(path, task):
             task_ids = np.unique(arrays["task_id"]).tolist()
             behaviour = arrays.get("spot", np.full(len(length), -1))
         behaviours, ends = np.full(len(pushed), -1), np.cumsum(length)
-        for step in range(UNDECIDED):
-            behaviours[ends - length + step] = behaviour
+        behaviours[(ends - length)[:, None] + np.arange(UNDECIDED)] = behaviour[:, None]
     except Exception as error:  # zipfile, zlib, numpy and json each raise their own
         stop(f"--demos {path} is no file of demonstrations ({error}); remove it, and it is made anew")
     S, A = dict(aloha=(21, 14), libero_90_task56=(45, 7)).get(task, (55, 7))
@@ -142,14 +139,14 @@ def paired_noise(shape, behaviour):
 
 def clone(base, demos, starts, whitened, args):
     """Flow matching on the demonstrations; leaves the averaged weights in `base`. -> the last mean loss."""
-    optimizer = torch.optim.AdamW(base.parameters(), args.lr, weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(base.parameters(), LR, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps)
     average = {k: p.detach().clone() for k, p in base.named_parameters()}
     running, bar = None, trange(args.steps, desc="cloning")
     for step in bar:
         start = starts[torch.randint(len(starts), (args.batch,))]
         s, _ = base.encode(demos.observations[start])
-        s = s + args.state_noise * torch.randn_like(s)
+        s = s + STATE_NOISE * torch.randn_like(s)
         w1 = whitened(demos.chunks(start, args))  # (B, D)
         w0, u = paired_noise(w1.shape, demos.behaviours[start]), torch.rand(args.batch)
         wu = (1 - u[:, None]) * w0 + u[:, None] * w1
@@ -205,16 +202,13 @@ def make_demos(args):
 def check(args):
     """Fill in what depends on the task. Stop with one sentence at a flag that cannot be."""
     known = dict(aloha=(24, 40, 10000, 200), libero_90_task56=(16, 16, 9000, 50))
-    values = known.get(args.task, (16, 16, 15000, 20))
-    defaults = dict(zip(("latent_dim", "chunk_steps", "steps", "eval_episodes"), values))
-    defaults.update(demos=Path(f"demos/{args.task}.npz"), out=Path(f"weights/{args.task}.safetensors"))
-    for name, value in defaults.items():
-        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
-    shared.check_limits(args, "chunk_steps flow_steps hidden blocks steps batch workers", 1)
+    names = "latent_dim", "chunk_steps", "steps", "eval_episodes"
+    shared.fill_in(args, **dict(zip(names, known.get(args.task, (16, 16, 15000, 20)))))
+    shared.fill_in(args, demos=Path(f"demos/{args.task}.npz"), out=Path(f"weights/{args.task}.safetensors"))
+    shared.check_limits(args, "chunk_steps steps batch workers", 1)
     shared.check_limits(args, "seed", 0)
     shared.check_limits(args, "knots", 2)
-    shared.check_limits(args, "ema state_noise", 0, 1 - 1e-9)
-    shared.check_limits(args, "lr", 1e-9)
+    shared.check_limits(args, "ema", 0, 1 - 1e-9)
     shared.check_limits(args, "latent_dim", 1, args.knots * (14 if args.task == "aloha" else 7))
     if args.chunk_steps % (args.knots - 1):
         stop(f"--knots is {args.knots}; knots - 1 must divide --chunk-steps, which is {args.chunk_steps}")
@@ -238,15 +232,9 @@ if __name__ == "__main__":
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.workers)  # the demonstrators ask for one thread, for their own processes
     start = time.time()
-    sizes = ("task", "latent_dim", "chunk_steps", "knots", "flow_steps", "hidden", "blocks")
-    training = {k: getattr(args, k) for k in ("seed", "steps", "batch", "lr", "ema", "state_noise")}
-    header = dict(
-        {k: getattr(args, k) for k in sizes},
-        state_dim=demos.observations.shape[1],
-        action_dim=demos.actions.shape[1],
-        normalisation=FORMULA,
-        demonstrations=demos.settings,
-    )
+    sizes = {k: getattr(args, k) for k in ("task", "latent_dim", "chunk_steps", "knots")} | NETWORK
+    sizes |= dict(state_dim=demos.observations.shape[1], action_dim=demos.actions.shape[1])
+    header = dict(sizes, normalisation=FORMULA, demonstrations=demos.settings)
     if demos.task_ids is not None:
         header["task_ids"] = demos.task_ids
     base = FlowBase(header)
@@ -259,11 +247,13 @@ if __name__ == "__main__":
     # an episode's first decisions count ten times, and the second behaviour's twice that
     first = [starts[demos.behaviours[starts] == k] for k in (0, 1)]
     starts = torch.cat([starts, first[0].repeat(9), first[1].repeat(19)])
-    header["training"] = dict(training, loss=round(clone(base, demos, starts, whitened, args), 4))
+    training = dict(seed=args.seed, steps=args.steps, batch=args.batch, lr=LR, ema=args.ema)
+    loss = round(clone(base, demos, starts, whitened, args), 4)
+    header["training"] = dict(training, state_noise=STATE_NOISE, loss=loss)
     base.eval()
-    kept, loss = 100 * header["explained_variance"], header["training"]["loss"]
+    kept = 100 * header["explained_variance"]
     print(f"{kept:.2f} % of the chunks' variance kept; loss {loss}, {time.time() - start:.0f} s")
-    command = " ".join(["python", "tools/clone_base.py", *sys.argv[1:]])
+    command = " ".join(["python tools/clone_base.py", *sys.argv[1:]])
     header["commands"] = [demos.settings["command"], command]
     if args.eval_episodes:
         task_ids = ",".join(map(str, demos.task_ids)) if demos.task_ids else None

@@ -64,18 +64,16 @@ class Demonstrator:
         self.model, self.data = simulator.model, mujoco.MjData(simulator.model)
         self.dofs = {"left": np.arange(6), "right": np.arange(8, 14)}
         self.bodies = {side: self.model.body(f"vx300s_{side}/gripper_link").id for side in self.dofs}
+        self.forward = dict(left=np.array([1.0, 0, 0]), right=np.array([-1.0, 0, 0]))  # they face each other
         self._start()
         self.start_tip, self.start_rotation = {}, {}
         for side, body in self.bodies.items():
-            self.start_tip[side] = self.data.xpos[body] + TIP * self._forward(side)
+            self.start_tip[side] = self.data.xpos[body] + TIP * self.forward[side]
             self.start_rotation[side] = self.data.xmat[body].reshape(3, 3).copy()
 
     def _start(self):
         self.data.qpos[:16] = START_ARM_POSE
         mujoco.mj_forward(self.model, self.data)
-
-    def _forward(self, side):  # where the gripper points to at the start: the arms face each other
-        return np.array([1.0, 0, 0]) if side == "left" else np.array([-1.0, 0, 0])
 
     def plan(self, mode, box_pose, noise, rng):
         """Joint targets of one episode. mode: index into MODES, box_pose: (7,) -> (HORIZON, 14)."""
@@ -97,7 +95,8 @@ class Demonstrator:
         meet = np.array([0.0, 0.5, 0.28]) + rng.normal(0, noise, 3)
         left = meet + rng.normal(0, noise, 3)
         # fingertip way-points: control step, x, y, z (m), pitch or roll (degrees), gripper (1 open, 0 closed)
-        right_points = [
+        points = {}
+        points["right"] = [
             (0, *self.start_tip["right"], 0, 0),
             (soon, *ready, ready_pitch, opening),
             (steps[0], *above, pitch, opening),
@@ -112,7 +111,7 @@ class Demonstrator:
             (342, *meet, MEET_PITCH, 1),
             (385, *(meet + [0.1, 0, 0]), MEET_PITCH, 1),
         ]
-        left_points = [
+        points["left"] = [
             (0, *self.start_tip["left"], 0, 1),
             (120, *(left - [0.12, 0, 0]), 90, 1),
             (240, *(left - [0.12, 0, 0]), 90, 1),
@@ -121,25 +120,22 @@ class Demonstrator:
             (346, *(left + [REACH, 0, 0]), 90, 0),
             (385, *(left - [0.1, 0, 0]), 90, 0),
         ]
-        times = np.arange(0, HORIZON + KNOT, KNOT)
-        paths = {}
-        for side, points in (("left", left_points), ("right", right_points)):
-            time, *columns = np.array(points, dtype=float).T
-            paths[side] = np.stack([np.interp(times, time, c) for c in columns], -1)  # (knots, 5)
+        times, arms = np.arange(0, HORIZON + KNOT, KNOT), (("left", 0), ("right", 7))
         self._start()
         actions = np.zeros((len(times), 14))
         for k in range(len(times)):
-            for side, offset in (("left", 0), ("right", 7)):
-                x, y, z, angle, gripper = paths[side][k]
+            for side, offset in arms:
+                time, *columns = np.array(points[side], dtype=float).T
+                x, y, z, angle, gripper = (np.interp(times[k], time, column) for column in columns)
                 rotation = rotation_about("y" if side == "right" else "x", np.deg2rad(angle))
                 if side == "right":  # it points away from the arm's foot: the arm stays in one plane
                     rotation = rotation_about("z", np.arctan2(ARM[1] - y, ARM[0] - x)) @ rotation
-                self._solve(side, np.array([x, y, z]) - TIP * rotation @ self._forward(side), rotation)
+                self._solve(side, np.array([x, y, z]) - TIP * rotation @ self.forward[side], rotation)
                 actions[k, offset : offset + 6] = self.data.qpos[self.dofs[side]]
                 actions[k, offset + 6] = gripper
             self.data.qvel[:] = 0
             mujoco.mj_forward(self.model, self.data)
-            for side, offset in (("left", 0), ("right", 7)):
+            for side, offset in arms:
                 # a position servo settles where kp (target - q) = gravity: the target leads q by gravity / kp
                 lead = self.data.qfrc_bias[self.dofs[side]] / self.model.actuator_gainprm[self.dofs[side], 0]
                 actions[k, offset : offset + 6] += lead

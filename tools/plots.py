@@ -9,24 +9,19 @@ The last three play episodes with checkpoints step*.pt of a run, or read latents
 """
 
 import json
-import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("MPLBACKEND", "Agg")
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
+from shared import ROOT  # first: it makes the folder above known
 import matplotlib.pyplot as plt
 import numpy as np
 
-from results import COLORS, TABLE_2, draw_band, evaluations, on_common_states, t_half, training_curves
+from results import COLORS, TABLE_2, evaluations, on_common_states, t_half, training_curves
 from run_ablations import read_table, write_table
 from support.run_files import check_same, load_checkpoint, make_out_folder, parse_args, stop
 
 BLUE, RED, GREEN, GREY = "#332288", "#cc6677", "#117733", "0.4"  # Paul Tol's, safe for colour-blind readers
+plt.switch_backend("Agg")  # draws to files, whatever screen there is
 POINTS = 400  # of a group in a t-SNE
 LAGS = np.arange(6)  # decisions
 
@@ -51,18 +46,17 @@ def save(figure, out, name):
 def draw_seeds(axes, curves, color, label, most=None, thin=False):
     """Mean of the seeds on a common grid with their 95 % t interval, cut at 0 and at `most`; or `thin`, with
     a thin line each. curves: [(steps, values)]"""
-    if not min((len(steps) for steps, _ in curves), default=0):
+    if not all(len(steps) for steps, _ in curves):
         return
     grid = np.linspace(max(steps[0] for steps, _ in curves), min(steps[-1] for steps, _ in curves), 60)
     values = np.array([np.interp(grid, *curve) for curve in curves])
     mean, half = values.mean(0), t_half(values) if len(values) > 1 else 0
-    if thin:
-        for steps, value in curves:
-            axes.plot(steps / 1e6, value, color=color, lw=0.5, alpha=0.5)
-        axes.plot(grid / 1e6, mean, color=color, lw=1.6, label=label)
-    else:
+    for steps, value in curves if thin else ():
+        axes.plot(steps / 1e6, value, color=color, lw=0.5, alpha=0.5)
+    axes.plot(grid / 1e6, mean, color=color, lw=1.6 if thin else 1.4, label=label)
+    if not thin:
         low, high = np.clip([mean - half, mean + half], 0, most)
-        draw_band(axes, grid / 1e6, mean, low, high, color, 0.15, lw=1.4, label=label)
+        axes.fill_between(grid / 1e6, low, high, color=color, alpha=0.15, lw=0)
 
 
 def training_curve(metrics, key, early):
@@ -111,12 +105,11 @@ def draw_ablations(out, path):
     figure, panels = plt.subplots(1, 4, figsize=(12, 3.1))
     for (task, title), pair in zip((("aloha", "ALOHA"), ("butter", "butter/tray")), (panels[:2], panels[2:])):
         for (row, (label, _)), color in zip(TABLE_2.items(), COLORS):
-            seeds = list(runs.get(f"{task}_{row}", {}).values())
-            for steps, success, _ in seeds:  # as above: three time limits of 32 environments
-                success[:] = np.where(steps < 3 * 32 * 400, np.nan, 100 * success)
-            for column, panel in enumerate(pair, 1):
-                curves = [(seed[0], seed[column]) for seed in seeds]
-                draw_seeds(panel, curves, color, f"{label}, {len(seeds)}", thin=True)
+            seeds, text = runs[f"{task}_{row}"].values(), f"{label}, {len(runs[f'{task}_{row}'])}"
+            # as above: from three time limits of 32 environments on
+            shares = [(x, np.where(x < 3 * 32 * 400, np.nan, 100 * success)) for x, success, _ in seeds]
+            draw_seeds(pair[0], shares, color, text, thin=True)
+            draw_seeds(pair[1], [(x, norm) for x, _, norm in seeds], color, text, thin=True)
         pair[0].set(ylabel="success of the last 100 training episodes (%)", ylim=(0, 102))
         pair[1].set(ylabel="norm of the executed latents")
         style = dict(title="row, number of seeds", title_fontsize=6.5)

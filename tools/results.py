@@ -4,15 +4,11 @@
 """
 
 import re
-import sys
-from pathlib import Path
 
+from shared import ROOT  # first: it makes the folder above known
 import numpy as np
 from matplotlib.figure import Figure
 from scipy import stats
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 from run_ablations import read_table
 from support.run_files import parse_args, wilson, write_atomically
@@ -60,16 +56,20 @@ def on_common_states(run):
     return {key: np.array([*map(episodes.get, common)]) for key, episodes in run.items()}
 
 
+def count(episodes):
+    return sum(episodes.values()), len(episodes)
+
+
 def played(run):
-    """Evaluations of base, zero latents and tuned actor, its last; when that was; episodes fixed, broken."""
+    """Counts of base, zero latents and tuned actor, its last; when that was; episodes fixed and broken."""
     base, last = run["base", 0], [key for key in run if key[0] == "tuned"][-1]
     change = [success - base[episode] for episode, success in run[last].items()]
-    changed = [str(change.count(1)), str(change.count(-1))]
-    return base, run["zero latents", 0], run[last], f"{last[1] / 1e6:.2f} M", changed
+    changed, counts = [str(change.count(1)), str(change.count(-1))], (base, run["zero latents", 0], run[last])
+    return *map(count, counts), f"{last[1] / 1e6:.2f} M", changed
 
 
-def share(episodes):
-    return 100 * sum(episodes.values()) / len(episodes)
+def shares(counts):
+    return [100 * successes / episodes for successes, episodes in counts]
 
 
 def t_half(values):
@@ -80,21 +80,18 @@ def t_half(values):
 def over_seeds_and_episodes(counts):
     """Mean success with each end the further one of the t interval over seeds and Wilson's over all episodes:
     near 100 % a few seeds happen to agree, and t alone vanishes. counts: (successes, episodes) a seed."""
-    successes, episodes = np.array(counts).T
-    low, high = 100 * np.array(wilson(successes.sum(), episodes.sum()))
+    total = np.sum(counts, 0)
+    low, high = 100 * np.array(wilson(*total))
     if len(counts) > 1:
-        rates = 100 * successes / episodes
-        low, high = min(low, rates.mean() - t_half(rates)), max(high, rates.mean() + t_half(rates))
-    rate = 100 * successes.sum() / episodes.sum()
-    return f"{rate:.1f} % [{max(0.0, low):.1f}, {min(100.0, high):.1f}]"
+        mean, half = np.mean(shares(counts)), t_half(shares(counts))
+        low, high = min(low, mean - half), max(high, mean + half)
+    return f"{100 * total[0] / total[1]:.1f} % [{max(0.0, low):.1f}, {min(100.0, high):.1f}]"
 
 
-def over_seeds(evaluated):
-    """Mean success of evaluations with the t interval over seeds, of one seed Wilson's, of none a dash."""
-    shares = [share(episodes) for episodes in evaluated]
-    if len(shares) > 1:
-        return f"{np.mean(shares):.1f} % ± {t_half(shares):.1f}"
-    counts = [(sum(episodes.values()), len(episodes)) for episodes in evaluated]
+def over_seeds(counts):
+    """Mean success with the t interval over seeds, of one seed Wilson's, of none a dash. counts: as above"""
+    if len(counts) > 1:
+        return f"{np.mean(shares(counts)):.1f} % ± {t_half(shares(counts)):.1f}"
     return over_seeds_and_episodes(counts) if counts else "–"
 
 
@@ -116,8 +113,8 @@ def write_runs(path, runs):
     for name, run in runs.items():
         base, zero, tuned, steps, changed = played(run)
         silent = [run[key] for key in run if key[0] in ("zero noise", "tuned mean")]  # the latter is SAC's
-        lowest = min(share(run[key]) for key in run if key[0] == "tuned")
-        base, zero, final, mean = map(over_seeds, ([base], [zero], [tuned], silent[-1:]))
+        lowest = min(shares(count(run[key]) for key in run if key[0] == "tuned"))
+        base, zero, final, mean = map(over_seeds, ([base], [zero], [tuned], [*map(count, silent[-1:])]))
         row = [name.replace("seed", "seed ").replace("_", " "), steps, base, zero, f"**{final}**", mean]
         rows.append([*row, f"{lowest:.0f} %", *changed])
         kind = name.split("seed")[0].removeprefix("butter").strip("_").replace("_", " ") or "FPO"
@@ -129,13 +126,11 @@ def write_runs(path, runs):
 
 def constant_latents(path):
     """Cells: success of the best constant latent on the evaluation states, over searches; best of 16."""
-    found = dict(constant={}, best={})
+    found = dict(constant={}, best={}, base={}, zero={})
     for row in read_table(path):
-        if row["states"] == "evaluation":
-            good, n = int(row["successes"]), int(row["episodes"])
-            searches = found.setdefault(row["policy"].split()[0], {})
-            searches[row.get("seed")] = dict(enumerate([1] * good + [0] * (n - good)))  # their last rows stay
-    return [over_seeds(list(found[kind].values())) for kind in ("constant", "best")]
+        if row["states"] == "evaluation":  # a search's last row stays
+            found[row["policy"].split()[0]][row["seed"]] = int(row["successes"]), int(row["episodes"])
+    return [over_seeds([*found[kind].values()]) for kind in ("constant", "best")]
 
 
 def write_tasks(results):
@@ -148,7 +143,7 @@ def write_tasks(results):
             continue
         *evaluated, steps, changed = zip(*map(played, runs))
         base, zero, tuned = map(over_seeds, evaluated)
-        ours.append([np.mean(list(map(share, seeds))) for seeds in evaluated])
+        ours.append([np.mean(shares(counts)) for counts in evaluated])
         constant, best = constant_latents(results / f"constant_latent/{task}.csv")
         row = [label, *(f"{value:.1f} %" for value in ours[-1][:2]), constant, best, f"**{tuned}**"]
         summary.append([*row, str(len(runs)), steps[0], paper])
@@ -173,8 +168,8 @@ def write_tasks(results):
     publish(results / "libero/suites.md", f"{head} | paper | steps | fixed | broken", suites)
     write_atomically(results / "libero/suites.csv", "\n".join([*dict.fromkeys(tasks), ""]).encode())
     page = (results / "libero/table1.md").read_text()
-    for label, shares in zip(("our base", "our base, zero latents", "our base + FPO"), zip(*ours[2:])):
-        row = " | – | ".join(f"{value:.1f}" for value in [*shares, np.mean(shares)])
+    for label, row in zip(("our base", "our base, zero latents", "our base + FPO"), zip(*ours[2:])):
+        row = " | – | ".join(f"{value:.1f}" for value in [*row, np.mean(row)])
         page = re.sub(rf"(?m)^(\| {re.escape(label)} \|) .*$", rf"\1 {row} | – |", page)
     write_atomically(results / "libero/table1.md", page.encode())
 
@@ -226,12 +221,6 @@ def write_ablations(path):
     publish(path.with_name("extras.md"), f"ALOHA, 0.4 M steps | {head} | latents' norm", rows)
 
 
-def draw_band(axes, x, middle, low, high, color, alpha, **style):
-    """A learning curve with a band around it."""
-    axes.plot(x, middle, color=color, **style)
-    axes.fill_between(x, low, high, color=color, alpha=alpha, lw=0)
-
-
 def draw_curve(path, seeds, title, paper, paper_label):
     """curve.png: success on held-out states over training, a line a seed. seeds: {name: of `evaluations`}"""
     figure = Figure(figsize=(6.4, 3.6), dpi=150)
@@ -239,9 +228,11 @@ def draw_curve(path, seeds, title, paper, paper_label):
     seeds = {name: on_common_states(run) for name, run in seeds.items()}
     for color, (name, run) in zip(COLORS, seeds.items()):
         keys = [key for key in run if key[0] == "tuned" or key == ("base", 0)]
-        rows = [(run[key].mean(), *wilson(run[key].sum(), len(run[key]))) for key in keys]
-        style = dict(marker="o", ms=3, lw=1.2, label="seed " + name.split("seed")[1])
-        draw_band(axes, [steps / 1e6 for _, steps in keys], *100 * np.array(rows).T, color, 0.12, **style)
+        steps, share = [steps / 1e6 for _, steps in keys], [100 * run[key].mean() for key in keys]
+        band = 100 * np.array([wilson(run[key].sum(), len(run[key])) for key in keys])
+        label = "seed " + name.split("seed")[1]
+        axes.plot(steps, share, color=color, marker="o", ms=3, lw=1.2, label=label)
+        axes.fill_between(steps, *band.T, color=color, alpha=0.12, lw=0)
     for policy, style in (("base", "--"), ("zero latents", ":")):
         base = np.mean([run[policy, 0].mean() for run in seeds.values()])
         axes.axhline(100 * base, color="0.35", ls=style, lw=1, label=policy)

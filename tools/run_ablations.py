@@ -14,9 +14,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
+from shared import ROOT  # first: it makes the folder above known
 from tqdm import tqdm
 
 from support.run_files import parse_args, say, stop, write_atomically

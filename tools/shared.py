@@ -8,16 +8,22 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers inherit it
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import contextlib
 import json
 import math
+import time
 from typing import Literal
 
 import numpy as np
 
-from support.run_files import rate, stop
+from envs import load_suite
+from support.run_files import EPISODES, CsvLog, check_device, mean, new_run_folder, rate, stop, write_args
 
 # what there is a base for in weights/: two tasks, and suites of tasks
 Task = Literal["aloha", "libero_90_task56", "libero_spatial", "libero_object", "libero_goal", "libero_10"]
+
+# columns of metrics.csv that both baselines have
+METRICS = "charts/env_steps charts/success charts/SPS eval/success latent/norm latent/std".split()
 
 
 def check_limits(args, names, low, high=math.inf):
@@ -28,6 +34,12 @@ def check_limits(args, names, low, high=math.inf):
         if not all(value is None or low <= value <= high and value < math.inf for value in values):
             given, most = " ".join(map(str, values)), f" and at most {high}" * (high < math.inf)
             stop(f"--{name.replace('_', '-')} is {given}; give a finite number, at least {low}{most}")
+
+
+def fill_in(args, **defaults):
+    """Give the flags that were left out (None) these values."""
+    for name, value in defaults.items():
+        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
 
 
 def check_files(args, *suffixes):
@@ -67,3 +79,46 @@ def write_film(path, pictures, fps):
     else:
         imageio.mimwrite(path, pictures, fps=fps, macro_block_size=1)
     print(f"wrote {path}")
+
+
+# ---- of train_sac.py and train_cloning.py ----
+
+
+def check_baseline(args):
+    """Fill in what depends on the task. Stop with one sentence at a flag that cannot be. -> the suite"""
+    steps, every, episodes = (800_000, 200_000, 200) if args.task == "aloha" else (250_000, 50_000, 50)
+    fill_in(args, total_env_steps=steps, eval_every=every, eval_episodes=episodes)
+    check_limits(args, "total_env_steps num_envs num_workers minibatch_size eval_every", 1)
+    check_limits(args, "updates actor_lr", 1e-9)
+    check_limits(args, "seed", 0, 2**63 - 1)
+    check_device(args.device)
+    suite = load_suite(args.task.split("_task")[0])
+    check_limits(args, "eval_episodes", 1, len(suite.starts))
+    return suite
+
+
+def start_files(args, kind, columns):
+    """A new folder of the run, with args.json. kind: what it is called if it got no name; columns: of
+    metrics.csv beside METRICS. -> the folder, and the logs metrics.csv and eval.csv in it"""
+    default = f"{kind}__seed{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = new_run_folder(args.run_name, default)
+    write_args(folder, args)
+    return folder, CsvLog(folder / "metrics.csv", [*METRICS, *columns]), CsvLog(folder / "eval.csv", EPISODES)
+
+
+@contextlib.contextmanager
+def clean_end():
+    """Ctrl-C and dead simulators end the program with one sentence."""
+    try:
+        yield
+    except ChildProcessError as error:
+        stop(str(error), code=1)
+    except KeyboardInterrupt:
+        stop("stopped", code=130)
+
+
+def charts(env_steps, recent, speed, x):
+    """Cells of METRICS. recent: success of the last training episodes; x: the latents executed since the last
+    row, (n, D)."""
+    spread = x.norm(dim=-1).mean().item(), x.std(0).mean().item()
+    return dict(zip(METRICS, (env_steps, mean(recent), speed, "", *spread)))

@@ -10,21 +10,35 @@ and 0 for failure. The learning rate falls to 0, as FPO's. It writes args.json, 
 table.csv and last.pt. An interrupted run starts anew.
 """
 
+import time
 from collections import deque
 from dataclasses import dataclass
+from typing import Literal
 
-import baseline  # first: it makes the folder above known
+import shared  # first: it makes the folder above known
 import numpy as np
 import torch
 from shared import check_limits
 
+from base import Pi0Options, load_base
+from envs.workers import TrainingEnvs, Workers
+from evaluate import evaluate, latents_of, print_result
 from fpo_actor import FlowActor, draw_flow_noise
-from support.ranks import CPUS
-from support.run_files import mean, parse_args, stop
+from support.ranks import CPUS, SIMULATORS, connect
+from support.run_files import mean, parse_args, save_checkpoint, steps_bar, stop
 
 
 @dataclass
-class Args(baseline.Args):
+class Args:
+    task: Literal["aloha", "libero_90_task56"] = "aloha"  # what to train on
+    seed: int = 1  # of the networks, every draw and the training episodes
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where the networks run; auto is CUDA if there is one
+    total_env_steps: int | None = None  # control steps of training; 800 000, for LIBERO 250 000 if left out
+    num_envs: int = 32  # parallel environments
+    num_workers: int = SIMULATORS  # simulator processes; the results do not depend on it
+    eval_every: int | None = None  # control steps between evaluations; 200 000, for LIBERO 50 000 if left out
+    eval_episodes: int | None = None  # at start and end, half of it between; 200, for LIBERO 50 if left out
+    run_name: str | None = None  # folder below runs/; cloning_<task>__seed<seed>__<time> if left out
     rollout_decisions: int = 10  # latent chunks an environment and iteration
     window: int = 2000  # decisions of successful episodes that are kept, the newest
     updates: int = 32  # gradient steps an iteration
@@ -37,35 +51,53 @@ class Args(baseline.Args):
 if __name__ == "__main__":
     args = parse_args(Args, __doc__)
     check_limits(args, "rollout_decisions window updates flow_steps num_draws", 1)
-    run = baseline.Baseline(args, "cloning", ["losses/cloning"])
-    base, device = run.base, run.device
+    suite = shared.check_baseline(args)
+    torch.set_num_threads(1)  # more for updates only: waiting threads spin, and take the workers' cores
+
+    # ---- frozen base, actor, the decisions that it learns from ----
+    device = connect(args.device)
+    base = load_base(f"weights/{args.task}.safetensors", Pi0Options(), suite, device)
+    torch.manual_seed(args.seed)
     actor = FlowActor(base.state_dim, base.latent_dim).to(device)
     optimizer = torch.optim.Adam(actor.parameters(), args.actor_lr)
     generator = torch.Generator(device).manual_seed(args.seed)
     pending = [[] for _ in range(args.num_envs)]  # (s, x) of the episodes under way
     good = deque(maxlen=args.window)  # (s, x) of those that succeeded
+    env_steps, recent = 0, deque(maxlen=100)  # recent: success of the last training episodes
+    policies, kind = latents_of(actor, args.flow_steps), f"cloning_{args.task}"
 
-    def sample(s, noise):
-        return actor.sample(s, args.flow_steps, noise=noise)
+    folder, metrics, episodes = shared.start_files(args, kind, ["losses/cloning"])
+    with shared.clean_end(), Workers(suite.build, suite.tasks, args.num_workers) as workers:
+        whole = base, workers, suite.tasks, suite.starts[: args.eval_episodes], suite.limit, episodes
+        for policy in ("base", "zero latents"):
+            evaluate(policy, policies[policy], *whole)
+        envs = TrainingEnvs(workers, suite.tasks, args.num_envs, suite.draw_start, suite.limit, args.seed)
+        bar = steps_bar(args.total_env_steps)
+        s, context = base.encode(envs.observations)
 
-    with run.going():
-        s, context = base.encode(run.envs.observations)
-        while not run.last:
-            optimizer.param_groups[0]["lr"] = args.actor_lr * max(
-                0.0, 1 - run.env_steps / args.total_env_steps
-            )
+        while env_steps < args.total_env_steps:
+            steps_before, latents, losses, clock = env_steps, [], [], time.perf_counter()
+            to_go = max(0.0, 1 - env_steps / args.total_env_steps)
+            optimizer.param_groups[0]["lr"] = args.actor_lr * to_go
+
+            # ---- rollout ----
             for _ in range(args.rollout_decisions):
-                x = actor.sample(s, args.flow_steps, generator)
-                step = run.step(context, x)
+                x = actor.sample(s, args.flow_steps, generator)  # (E, D)
+                latents.append(x)
+                step = envs.step(base.decode(context, x).cpu().numpy())
+                ended = step["terminated"] | step["truncated"]
+                recent.extend(step["success"][ended])
+                env_steps += int(step["num_steps"].sum())
+                bar.update(int(step["num_steps"].sum()))
                 for i in range(args.num_envs):
                     pending[i].append((s[i], x[i]))
-                    if step["terminated"][i] or step["truncated"][i]:
+                    if ended[i]:
                         good.extend(pending[i] if step["success"][i] else [])
                         pending[i] = []
-                s, context = base.encode(run.envs.observations)
+                s, context = base.encode(envs.observations)
 
+            # ---- update ----
             torch.set_num_threads(min(CPUS, 4))
-            losses = []
             if good:
                 s_good, x_good = map(torch.stack, zip(*good))
             for _ in range(args.updates if good else 0):
@@ -80,5 +112,20 @@ if __name__ == "__main__":
             torch.set_num_threads(1)
             if losses and not np.isfinite(losses[-1]):
                 stop("a loss became NaN or infinite; try a lower --actor-lr", code=1)
-            row = {"losses/cloning": mean(losses)}
-            run.log(row, sample, dict(actor=actor))
+
+            # ---- log, evaluate, save ----
+            speed = (env_steps - steps_before) / (time.perf_counter() - clock)
+            row = shared.charts(env_steps, recent, speed, torch.cat(latents))
+            row["losses/cloning"] = mean(losses)
+            bar.set_postfix(success=mean(recent), refresh=False)
+            last = env_steps >= args.total_env_steps
+            if last or env_steps // args.eval_every > steps_before // args.eval_every:
+                starts = suite.starts[: args.eval_episodes if last else max(1, args.eval_episodes // 2)]
+                where = workers, suite.tasks, starts, suite.limit, episodes, env_steps
+                tuned = evaluate("tuned", policies["tuned"], base, *where)
+                row["eval/success"] = float(tuned["success"].mean())
+                checkpoint = dict(actor=actor.state_dict(), task=kind, env_steps=env_steps)
+                save_checkpoint(folder, checkpoint, args)
+            metrics.write(row)
+    print_result(folder, suite.names)
+    print(f"{env_steps:,} environment steps, files in {folder}")

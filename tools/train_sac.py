@@ -10,23 +10,39 @@ is on-policy. It writes args.json, metrics.csv, eval.csv, table.csv, last.pt. An
 
 import copy
 import math
+import time
+from collections import deque
 from dataclasses import dataclass
+from typing import Literal
 
-import baseline  # first: it makes the folder above known
+import shared  # first: it makes the folder above known
 import numpy as np
 import torch
 from shared import check_limits
 from torch import nn
 
+from base import Pi0Options, load_base
+from envs.workers import TrainingEnvs, Workers
+from evaluate import evaluate, print_result
 from fpo_critic import QEnsemble, critic_loss, polyak_update, td_target
-from support.ranks import CPUS
-from support.run_files import parse_args, stop
+from support.ranks import CPUS, SIMULATORS, connect
+from support.run_files import mean, parse_args, save_checkpoint, steps_bar, stop
+from train_aloha import GAMMA
 
 LOSSES = ("losses/actor", "losses/critic", "sac/entropy", "critic/q_mean")  # columns of metrics.csv
 
 
 @dataclass
-class Args(baseline.Args):
+class Args:
+    task: Literal["aloha", "libero_90_task56"] = "aloha"  # what to train on
+    seed: int = 1  # of the networks, every draw and the training episodes
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where the networks run; auto is CUDA if there is one
+    total_env_steps: int | None = None  # control steps of training; 800 000, for LIBERO 250 000 if left out
+    num_envs: int = 32  # parallel environments
+    num_workers: int = SIMULATORS  # simulator processes; the results do not depend on it
+    eval_every: int | None = None  # control steps between evaluations; 200 000, for LIBERO 50 000 if left out
+    eval_episodes: int | None = None  # at start and end, half of it between; 200, for LIBERO 50 if left out
+    run_name: str | None = None  # folder below runs/; sac_<task>__seed<seed>__<time> if left out
     warmup_decisions: int = 1000  # first decisions with latents from N(0, I), before any update
     updates: float = 1.0  # gradient steps a decision
     minibatch_size: int = 256  # transitions of one gradient step
@@ -37,11 +53,9 @@ class Args(baseline.Args):
     """entropy that the temperature aims at, nats a latent dimension; N(0, 1) has 1.42"""
     temperature: float = 0.001
     """first temperature; at 0.01 the entropy swells for the first 50 thousand steps"""
-    backup_entropy: bool = False  # entropy in the TD target: success ends it, failing would pay
     bound: float = 3.0  # latents lie within ± this; FPO's have no bound
     num_critics: int = 5  # M, members of the ensemble
     tau: float = 0.05  # Polyak step of the target critics
-    gamma: float = 0.999  # γ of Eq. 1, an environment step
 
 
 class TanhGaussianActor(nn.Module):
@@ -75,50 +89,73 @@ if __name__ == "__main__":
     check_limits(args, "num_critics", 1)
     check_limits(args, "warmup_decisions", 0)
     check_limits(args, "critic_lr temperature bound", 1e-9)
-    check_limits(args, "tau gamma", 1e-9, 1)
+    check_limits(args, "tau", 1e-9, 1)
     check_limits(args, "target_entropy", -10, 1.41)
     if args.target_entropy >= (most := math.log(2 * args.bound)):
         within = f"within --bound {args.bound} an entropy stays below log(2 · {args.bound}) = {most:.2f}"
         stop(f"--target-entropy is {args.target_entropy}, but {within}; lower the one or raise the other")
-    run = baseline.Baseline(args, "sac", [*LOSSES, "sac/temperature"])
-    base, device, S, D, E = run.base, run.device, run.base.state_dim, run.base.latent_dim, args.num_envs
+    suite = shared.check_baseline(args)
+    torch.set_num_threads(1)  # more for updates only: waiting threads spin, and take the workers' cores
+
+    # ---- frozen base, actor, critics, temperature α ----
+    device = connect(args.device)
+    base = load_base(f"weights/{args.task}.safetensors", Pi0Options(), suite, device)
+    S, D, E = base.state_dim, base.latent_dim, args.num_envs
+    torch.manual_seed(args.seed)
     actor = TanhGaussianActor(S, D, args.bound).to(device)
     critic = QEnsemble(S, D, args.num_critics).to(device)
     target = copy.deepcopy(critic)
     log_alpha = torch.tensor(math.log(args.temperature), device=device, requires_grad=True)
-    actor_optimizer = torch.optim.Adam(actor.parameters(), args.actor_lr)
-    critic_optimizer = torch.optim.Adam(critic.parameters(), args.critic_lr)
-    alpha_optimizer = torch.optim.Adam([log_alpha], args.actor_lr)
+    actor_adam = torch.optim.Adam(actor.parameters(), args.actor_lr)
+    critic_adam = torch.optim.Adam(critic.parameters(), args.critic_lr)
+    alpha_adam = torch.optim.Adam([log_alpha], args.actor_lr)
     generator = torch.Generator(device).manual_seed(args.seed)
-    replay, decisions, owed, infos = {}, 0, 0.0, []
+    env_steps, recent = 0, deque(maxlen=100)  # recent: success of the last training episodes
+    replay, decisions, owed = {}, 0, 0.0  # owed: gradient steps
+    latents, infos, logged_steps = [], [], 0  # since the last row of metrics.csv, and when that was
 
     def noise(s):
         return torch.randn(len(s), D, generator=generator, device=device)
 
-    def descend(optimizer, loss):
-        optimizer.zero_grad()
-        loss.backward(inputs=optimizer.param_groups[0]["params"])  # not the critics' for the actor's loss
-        optimizer.step()
+    def descend(adam, loss):
+        adam.zero_grad()
+        loss.backward(inputs=adam.param_groups[0]["params"])  # not the critics' for the actor's loss
+        adam.step()
 
-    with run.going():
-        s, context = base.encode(run.envs.observations)
-        while not run.last:
+    kind = f"sac_{args.task}"
+    folder, metrics, episodes = shared.start_files(args, kind, [*LOSSES, "sac/temperature"])
+    with shared.clean_end(), Workers(suite.build, suite.tasks, args.num_workers) as workers:
+        whole = base, workers, suite.tasks, suite.starts[: args.eval_episodes], suite.limit, episodes
+        evaluate("base", lambda s, noise: noise, *whole)
+        evaluate("zero latents", lambda s, noise: 0 * noise, *whole)
+        envs = TrainingEnvs(workers, suite.tasks, E, suite.draw_start, suite.limit, args.seed)
+        bar, clock = steps_bar(args.total_env_steps), time.perf_counter()
+        s, context = base.encode(envs.observations)
+
+        while env_steps < args.total_env_steps:
+            # ---- one decision in every environment ----
+            steps_before = env_steps
             if args.anneal_lr:
-                left = max(0.0, 1 - run.env_steps / args.total_env_steps)
-                actor_optimizer.param_groups[0]["lr"] = args.actor_lr * left
+                to_go = max(0.0, 1 - env_steps / args.total_env_steps)
+                actor_adam.param_groups[0]["lr"] = args.actor_lr * to_go
             with torch.no_grad():
-                x = noise(s) if decisions < args.warmup_decisions else actor(s, noise(s))[0]
-            step = run.step(context, x)
-            discount = args.gamma ** step["num_steps"]  # and the reward of a decision as in the train scripts
-            r = step["success"] * args.gamma ** (step["num_steps"] - 1.0)
+                x = noise(s) if decisions < args.warmup_decisions else actor(s, noise(s))[0]  # (E, D)
+            latents.append(x)
+            step = envs.step(base.decode(context, x).cpu().numpy())
+            recent.extend(step["success"][step["terminated"] | step["truncated"]])
+            env_steps += int(step["num_steps"].sum())
+            bar.update(int(step["num_steps"].sum()))
+            discount = GAMMA ** step["num_steps"]  # and the reward of a decision as in the train scripts
+            r = step["success"] * GAMMA ** (step["num_steps"] - 1.0)
             row = dict(r=r, discount=discount, terminated=step["terminated"])
             row = {k: torch.as_tensor(v, dtype=torch.float32, device=device) for k, v in row.items()}
             row.update(s=s, x=x, s_next=base.encode(step["last_observation"])[0])
             # everything ever seen is replayed: 20 thousand decisions are a few MB
             replay = {k: torch.cat([replay[k], v]) for k, v in row.items()} if replay else row
             decisions += E
-            s, context = base.encode(run.envs.observations)
+            s, context = base.encode(envs.observations)
 
+            # ---- update ----
             torch.set_num_threads(min(CPUS, 4))
             owed += args.updates * E if decisions > args.warmup_decisions else 0
             while owed >= 1:
@@ -126,27 +163,44 @@ if __name__ == "__main__":
                 i = torch.randint(decisions, (args.minibatch_size,), generator=generator, device=device)
                 b = {key: values[i] for key, values in replay.items()}
                 alpha = log_alpha.exp().detach()
-                with torch.no_grad():
-                    x_next, log_next = actor(b["s_next"], noise(b["s_next"]))
+                with torch.no_grad():  # without the entropy: success ends it, so that failing would pay
+                    x_next, _ = actor(b["s_next"], noise(b["s_next"]))
                     y = td_target(target, b["r"], b["discount"], b["terminated"], b["s_next"], x_next)
-                    if args.backup_entropy:
-                        y = y - b["discount"] * (1 - b["terminated"]) * alpha * log_next
                 loss_critic = critic_loss(critic, b["s"], b["x"], y)
-                descend(critic_optimizer, loss_critic)
+                descend(critic_adam, loss_critic)
                 polyak_update(target, critic, args.tau)
                 x_new, log_new = actor(b["s"], noise(b["s"]))
                 q = critic(b["s"], x_new).min(0).values
                 loss_actor = (alpha * log_new - q).mean()
-                descend(actor_optimizer, loss_actor)
-                descend(alpha_optimizer, -(log_alpha * (log_new.detach() + args.target_entropy * D)).mean())
+                descend(actor_adam, loss_actor)
+                descend(alpha_adam, -(log_alpha * (log_new.detach() + args.target_entropy * D)).mean())
                 parts = loss_actor, loss_critic / args.num_critics, -log_new.mean() / D, q.mean()
                 infos.append([part.item() for part in parts])
             torch.set_num_threads(1)
             if infos and not np.isfinite(infos[-1]).all():
                 stop("a loss became NaN or infinite; try a lower --actor-lr or --critic-lr", code=1)
-            if run.due or decisions % (10 * E) == 0:
-                row = dict(zip(LOSSES, np.mean(infos, 0))) if infos else {}
-                row["sac/temperature"], infos = log_alpha.exp().item(), []
-                run.log(row, lambda s, noise: actor(s, noise)[0], dict(actor=actor, critic=critic))
+
+            # ---- log, evaluate, save: every ten decisions, and where an evaluation is due ----
+            last = env_steps >= args.total_env_steps
+            due = last or env_steps // args.eval_every > steps_before // args.eval_every
+            if not due and decisions % (10 * E):
+                continue
+            speed = (env_steps - logged_steps) / (time.perf_counter() - clock)
+            row = shared.charts(env_steps, recent, speed, torch.cat(latents))
+            row |= dict(zip(LOSSES, np.mean(infos, 0))) if infos else {}
+            row["sac/temperature"] = log_alpha.exp().item()
+            bar.set_postfix(success=mean(recent), refresh=False)
+            if due:
+                starts = suite.starts[: args.eval_episodes if last else max(1, args.eval_episodes // 2)]
+                where = workers, suite.tasks, starts, suite.limit, episodes, env_steps
+                tuned = evaluate("tuned", lambda s, noise: actor(s, noise)[0], base, *where)
+                row["eval/success"] = float(tuned["success"].mean())
+                checkpoint = dict(actor=actor.state_dict(), critic=critic.state_dict())
+                save_checkpoint(folder, checkpoint | dict(task=kind, env_steps=env_steps), args)
+            metrics.write(row)
+            latents, infos, logged_steps, clock = [], [], env_steps, time.perf_counter()
+
         # without the noise that the target entropy keeps up
-        run.play("tuned mean", lambda s, noise: actor.mode(s))
+        evaluate("tuned mean", lambda s, noise: actor.mode(s), *whole, env_steps)
+    print_result(folder, suite.names)
+    print(f"{env_steps:,} environment steps, files in {folder}")

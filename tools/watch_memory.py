@@ -6,33 +6,25 @@ Counted is the proportional set size (Linux) of the process and everything it ha
 processes share counts once.
 """
 
-import csv
+import contextlib
 import sys
 import time
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+from shared import stop
 import psutil
-
-from support.run_files import stop
 
 if __name__ == "__main__":
     try:
-        parent, file = psutil.Process(int(sys.argv[1])), open(sys.argv[2], "a", newline="")
+        parent, file = psutil.Process(int(sys.argv[1])), open(sys.argv[2], "a")
     except (IndexError, ValueError, OSError, psutil.NoSuchProcess):
         stop("give a running process and a file to write, as python tools/watch_memory.py 1234 memory.csv")
     start = time.monotonic()
     with file:  # of a resumed run too: its seconds start from 0 again
-        writer = csv.writer(file)
         if not file.tell():
-            writer.writerow(("seconds", "processes", "pss_mib"))
+            print("seconds,processes,pss_mib", file=file)
         while parent.is_running() and parent.status() != psutil.STATUS_ZOMBIE:
-            try:
+            with contextlib.suppress(psutil.NoSuchProcess):  # one has just ended
                 family = [parent, *parent.children(recursive=True)]
                 pss = sum(process.memory_full_info().pss for process in family) / 2**20
-                writer.writerow((f"{time.monotonic() - start:.0f}", len(family), f"{pss:.1f}"))
-                file.flush()
-            except psutil.NoSuchProcess:  # one has just ended
-                pass
+                print(f"{time.monotonic() - start:.0f},{len(family)},{pss:.1f}", file=file, flush=True)
             time.sleep(30)
