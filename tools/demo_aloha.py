@@ -27,6 +27,7 @@ from envs.aloha import FPS, HORIZON, TASK, Simulator, build, observe, sample_box
 import mujoco  # after that, which picks the OpenGL library
 import numpy as np
 from gym_aloha.constants import START_ARM_POSE
+from scipy.signal import lfilter
 
 from envs import load_suite
 from envs.workers import Workers
@@ -174,10 +175,8 @@ def rotation_about(axis, angle):
 
 def smooth_noise(rng, amplitude):
     """Noise of the executed commands, correlated over 20 steps; none on the grippers. -> (HORIZON, 14)"""
-    noise, value = np.zeros((HORIZON, 14)), np.zeros(14)
-    for t in range(HORIZON):
-        value = 0.95 * value + amplitude * np.sqrt(1 - 0.95**2) * rng.normal(size=14)
-        noise[t] = value
+    pushes = amplitude * np.sqrt(1 - 0.95**2) * rng.normal(size=(HORIZON, 14))
+    noise = lfilter([1], [1, -0.95], pushes, axis=0)
     noise[:, [6, 13]] = 0
     return noise
 

@@ -180,9 +180,7 @@ def training_curves(path):
     for line in read_table(path):
         point = [float(line[name]) for name in ("env_steps", "success", "norm")]
         points.setdefault(line["row"], {}).setdefault(line["seed"], []).append(point)
-    for seeds in points.values():
-        seeds.update({seed: np.array(values).T for seed, values in seeds.items()})
-    return points
+    return {row: {seed: np.array(v).T for seed, v in seeds.items()} for row, seeds in points.items()}
 
 
 def write_ablations(path):
