@@ -26,7 +26,8 @@ import tyro
 from tqdm import tqdm
 
 from base import Pi0Options
-from support.run_files import RANK, parse_args, progress_bar, rate, stop, write_table
+from support.flags import RANK, parse_args, stop
+from support.run_files import progress_bar, rate, write_table
 
 # success of the base and of the tuned actor in the same episode
 KINDS = dict(fixed=(False, True), broken=(True, False), kept=(True, True), failed=(False, False))
@@ -186,15 +187,8 @@ if __name__ == "__main__":
     from envs.workers import Workers
     from fpo_actor import FlowActor
     from support import ranks
-    from support.run_files import (
-        CsvLog,
-        EPISODES,
-        check_device,
-        check_same,
-        clean_end,
-        load_checkpoint,
-        new_run_folder,
-    )
+    from support.flags import check_device
+    from support.run_files import CsvLog, EPISODES, check_same, clean_end, load_checkpoint, new_run_folder
 
     check_device(args.device)
     for name in ("episodes", "num_workers"):

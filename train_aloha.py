@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Literal
 
 from base import Pi0Options
-from support.run_files import check_args, parse_args
+from support.flags import check_args, parse_args
 
 GAMMA = 0.999  # γ of Eq. 1, per control step
 FLOW_STEPS = 4  # steps in which the actor's flow is integrated

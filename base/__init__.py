@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from support.run_files import stop
+from support.flags import stop
 
 
 @dataclass

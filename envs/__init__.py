@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Callable
 
-from support.run_files import stop
+from support.flags import stop
 
 
 @dataclass

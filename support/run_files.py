@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from support.flags import RANK, check_args, check_device, parse_args, resumed_args, say, stop  # noqa: F401
+from support.flags import RANK, say, stop
 
 # torch, statsmodels and wandb are imported where they are used: --help need not wait for them
 

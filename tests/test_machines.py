@@ -23,7 +23,8 @@ from envs.physics import opengl_problem  # before mujoco
 from envs.libero import Simulator, official
 from helpers import ROOT, SIGNALS, SMALL, assert_refused, command, here, python, rows, script
 from support.ranks import cores
-from support.run_files import CsvLog, RunLogs, clean_end, new_run_folder, resumed_args, save_checkpoint
+from support.flags import resumed_args
+from support.run_files import CsvLog, RunLogs, clean_end, new_run_folder, save_checkpoint
 from support.run_files import write_atomically
 
 TRAIN = "train_aloha.py"

@@ -20,7 +20,8 @@ import pytest
 import torch
 
 from helpers import ROOT, SMALL, assert_refused, assert_same_results, checkpoint, command, here, rows, script
-from support.run_files import CsvLog, new_run_folder, resumed_args, save_checkpoint
+from support.flags import resumed_args
+from support.run_files import CsvLog, new_run_folder, save_checkpoint
 
 TRAIN, WHOLE = (
     "train_aloha.py",
@@ -53,7 +54,7 @@ def test_writes_what_it_promises(finished):
     record = json.loads((folder / "args.json").read_text())
     assert record["args"]["seed"] == 1 and record["versions"]["torch"]
     # warm-up, then updates
-    assert metrics[0]["losses/surrogate"] == "" and float(metrics[-1]["losses/surrogate"]) != 0
+    assert metrics[0]["losses/cfm_loss"] == "" and float(metrics[-1]["losses/cfm_loss"]) > 0
     assert [row["eval/success"] != "" for row in metrics] == [k in (half, end) for k in steps]
     episodes = rows(folder / "eval.csv")
     assert [(row["policy"], row["env_steps"], row["episode"]) for row in episodes] == [

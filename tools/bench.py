@@ -26,7 +26,7 @@ from envs import load_suite
 from envs.physics import mujoco
 from envs.workers import TrainingEnvs, Workers
 from support.ranks import CPUS, SIMULATORS
-from support.run_files import parse_args, stop
+from support.flags import parse_args, stop
 
 if __name__ == "__main__":  # simulator processes do without torch
     import torch

@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from fpo_actor import FlowActor, draw_flow_noise
 from plots import save
-from support.run_files import load_checkpoint, make_out_folder, parse_args, stop
+from support.flags import parse_args, stop
+from support.run_files import load_checkpoint, make_out_folder
 
 RUNS = dict(defaults="", no_proximal="--proximal 0", literal="--literal")
 LATENTS = 160  # of an iteration of train_aloha.py: 32 environments, 5 decisions each

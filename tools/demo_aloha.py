@@ -31,7 +31,7 @@ from scipy.signal import lfilter
 
 from envs import load_suite
 from envs.workers import Workers
-from support.run_files import parse_args
+from support.flags import parse_args
 
 MODES = ("slide", "hook")
 KNOT = 5  # control steps between two solutions of the inverse kinematics

@@ -25,7 +25,8 @@ import numpy as np
 
 from envs import libero, load_suite
 from envs.workers import Workers
-from support.run_files import parse_args, rate, stop, write_table
+from support.flags import parse_args, stop
+from support.run_files import rate, write_table
 
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
 # What bases are cloned on. The others need a drawer, a knob, a door or a push, or fail too often (--table)

@@ -18,7 +18,8 @@ import numpy as np
 
 from results import COLORS, TABLE_2, evaluations, on_common_states, t_half, training_curves
 from run_ablations import read_table, write_table
-from support.run_files import check_same, load_checkpoint, make_out_folder, parse_args, stop
+from support.flags import parse_args, stop
+from support.run_files import check_same, load_checkpoint, make_out_folder
 
 BLUE, RED, GREEN, GREY = "#332288", "#cc6677", "#117733", "0.4"  # Paul Tol's, safe for colour-blind readers
 plt.switch_backend("Agg")  # draws to files, whatever screen there is

@@ -17,7 +17,8 @@ from pathlib import Path
 from shared import ROOT  # first: it makes the folder above known
 from tqdm import tqdm
 
-from support.run_files import parse_args, say, stop, write_atomically
+from support.flags import parse_args, say, stop
+from support.run_files import write_atomically
 
 ALOHA = "--total-env-steps 800000 --eval-every 200000 --eval-episodes 100"
 SHORT = "--total-env-steps 400000 --eval-every 100000 --eval-episodes 100"

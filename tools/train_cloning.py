@@ -25,7 +25,8 @@ from envs.workers import TrainingEnvs, Workers
 from evaluate import evaluate, latents_of, print_result
 from fpo_actor import FlowActor, draw_flow_noise
 from support.ranks import CPUS, SIMULATORS, connect
-from support.run_files import mean, parse_args, save_checkpoint, steps_bar, stop
+from support.flags import parse_args, stop
+from support.run_files import mean, save_checkpoint, steps_bar
 
 
 @dataclass

@@ -26,7 +26,8 @@ from envs.workers import TrainingEnvs, Workers
 from evaluate import evaluate, print_result
 from fpo_critic import QEnsemble, critic_loss, polyak_update, td_target
 from support.ranks import CPUS, SIMULATORS, connect
-from support.run_files import mean, parse_args, save_checkpoint, steps_bar, stop
+from support.flags import parse_args, stop
+from support.run_files import mean, save_checkpoint, steps_bar
 from train_aloha import GAMMA
 
 LOSSES = ("losses/actor", "losses/critic", "sac/entropy", "critic/q_mean")  # columns of metrics.csv
