@@ -18,22 +18,11 @@ same order.
 
 import numpy as np
 
-from envs.physics import (
-    diverged as has_diverged,
-    get_state,
-    opengl_problem,
-    set_state,
-    silence,
-)  # before mujoco
+from envs.physics import get_state, has_diverged, opengl_problem, picture, set_state, silence  # before mujoco
 from envs.workers import Chunk
 import mujoco
-from gym_aloha.constants import (
-    ASSETS_DIR,
-    DT,
-    PUPPET_GRIPPER_POSITION_CLOSE,
-    PUPPET_GRIPPER_POSITION_OPEN,
-    START_ARM_POSE,
-)
+from gym_aloha.constants import ASSETS_DIR, DT, START_ARM_POSE
+from gym_aloha.constants import PUPPET_GRIPPER_POSITION_CLOSE, PUPPET_GRIPPER_POSITION_OPEN
 
 TASK = 0  # the only one
 HORIZON = 400  # control steps an episode, 8 s; the usual horizon of this task (ACT, lerobot)
@@ -69,23 +58,15 @@ def evaluation_poses(n):
 
 
 class Simulator:
-    """gym-aloha's Transfer Cube model and one MuJoCo data structure, through which any number of states
-    pass."""
+    """gym-aloha's Transfer Cube model and one MuJoCo data structure, through which all states pass."""
 
     def __init__(self):
         self.model = mujoco.MjModel.from_xml_path(str(ASSETS_DIR / "bimanual_viperx_transfer_cube.xml"))
         self.data = mujoco.MjData(self.model)
         self.substeps = round(DT / self.model.opt.timestep)
-        geom = {name: self.model.geom(name).id for name in ("red_box", "table")}
-        fingers = {
-            side: self.model.geom(f"vx300s_{side}/10_{side}_gripper_finger").id for side in ("left", "right")
-        }
-        self.box, self.table, self.left, self.right = (
-            geom["red_box"],
-            geom["table"],
-            fingers["left"],
-            fingers["right"],
-        )
+        fingers = [f"vx300s_{side}/10_{side}_gripper_finger" for side in ("left", "right")]
+        geoms = (self.model.geom(name).id for name in ("red_box", "table", *fingers))
+        self.box, self.table, self.left, self.right = geoms
         self.renderers = {}
 
     def reset(self, box_pose):
@@ -107,19 +88,12 @@ class Simulator:
     @staticmethod
     def controls(actions):
         """MuJoCo's commands of actions: each arm's six joints, then its two fingers. (T, 14) -> (T, 16)."""
-        actions = np.asarray(actions, dtype=np.float64)
-        grippers = PUPPET_GRIPPER_POSITION_CLOSE + GRIPPER_RANGE * actions[:, [6, 13]]
-        return np.concatenate(
-            [
-                actions[:, :6],
-                grippers[:, :1],
-                -grippers[:, :1],
-                actions[:, 7:13],
-                grippers[:, 1:],
-                -grippers[:, 1:],
-            ],
-            1,
-        )
+        joints = np.array(actions, dtype=np.float64)
+        joints[:, [6, 13]] = PUPPET_GRIPPER_POSITION_CLOSE + GRIPPER_RANGE * joints[:, [6, 13]]
+        controls = np.empty((len(joints), 16))
+        controls[:, ARM_QPOS] = joints
+        controls[:, [7, 15]] = -joints[:, [6, 13]]
+        return controls
 
     def run(self, state, actions, stop_at_success=False, record=False):
         """Execute `actions` (T, 14) from `state`; stop early at success (reward 4) if asked, or where the
@@ -146,22 +120,16 @@ class Simulator:
                 break
         if diverged:  # the state before the chunk stands in; the caller ends the episode
             set_state(model, data, state)
-        return Chunk(
-            state=get_state(model, data),
-            observation=observe(data.qpos),
-            success=np.array(success, dtype=bool),
-            diverged=diverged,
-            frames=np.array(frames) if record else None,
-        )
+        frames, success = np.array(frames) if record else None, np.array(success, dtype=bool)
+        return Chunk(get_state(model, data), observe(data.qpos), success, diverged, frames)
 
     def render(self, frames, camera="angle", height=240, width=320):
-        """Pictures of recorded positions. (T, 23) -> (T, height, width, 3) uint8. Needs EGL (or another
-        GL)."""
+        """Pictures of recorded positions. (T, 23) -> (T, height, width, 3) uint8. Needs OpenGL."""
         pictures = []
         for qpos in frames:
             self.data.qpos[:] = qpos
             mujoco.mj_forward(self.model, self.data)
-            pictures.append(self._picture(camera, height, width))
+            pictures.append(picture(self, camera, height, width))
         return np.array(pictures)
 
     def look(self, state, sizes):
@@ -173,14 +141,8 @@ class Simulator:
         """
         set_state(self.model, self.data, state)
         mujoco.mj_forward(self.model, self.data)
-        pixels = {name: self._picture(name, *size) for name, size in sizes.items()}
+        pixels = {name: picture(self, name, *size) for name, size in sizes.items()}
         return dict(pixels=pixels, agent_pos=observe(self.data.qpos)[:ACTION_DIM], task=INSTRUCTION)
-
-    def _picture(self, camera, height, width):
-        if (height, width) not in self.renderers:
-            self.renderers[height, width] = mujoco.Renderer(self.model, height, width)
-        self.renderers[height, width].update_scene(self.data, camera=camera)
-        return self.renderers[height, width].render()
 
     def reward(self):
         """gym-aloha's stage 0 … 4, of the present contacts; 4 is success: the left finger has the cube, off
@@ -188,11 +150,7 @@ class Simulator:
         # gym_aloha/tasks/sim.py, TransferCubeTask.get_reward, on geom numbers instead of names
         pairs = self.data.contact.geom
         touched = pairs[pairs[:, 0] == self.box, 1]
-        left, right, table = (
-            (touched == self.left).any(),
-            (touched == self.right).any(),
-            (touched == self.table).any(),
-        )
+        left, right, table = (geom in touched for geom in (self.left, self.right, self.table))
         if left:
             return 3 if table else 4
         return 0 if not right else 1 if table else 2

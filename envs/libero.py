@@ -4,10 +4,7 @@ processes.
 The stock environment spends most of a step on observables, on recomputing what it has, and on Python. Here
 the same MuJoCo model is stepped by a lean loop with the same OSC_POSE law; `tests/test_env_libero.py`
 compares it with the stock environment. Placements, success predicates and initial states are LIBERO's own
-code and data.
-
-As in envs/aloha.py, an environment *is* its state vector, and `Simulator.run(state, actions)` is a pure
-function.
+code and data. An environment *is* its state vector: `Simulator.run(state, actions)` is a pure function.
 
     if __name__ == "__main__":      # the workers import the script that starts them
         with Workers(functools.partial(build, "libero_90"), [56], num_workers=2) as workers:
@@ -16,17 +13,14 @@ function.
             print(chunks[0].success, chunks[0].observation)
 
 Action (7), each in -1 ... 1, at 20 Hz: end-effector position change (1 is 5 cm), rotation vector (1 is 0.5
-rad), gripper (negative opens, positive closes). Observation (45, and 10 for the task): see
-`Simulator.observe`.
+rad), gripper (negative opens, positive closes). Observation (45, and 10 for the task): `Simulator.observe`.
 """
 
-import atexit
 import contextlib
 import importlib.metadata
 import io
 import os
 import pickle
-import shutil
 import sys
 import tempfile
 import types
@@ -35,13 +29,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from envs.physics import (
-    diverged as has_diverged,
-    get_state,
-    opengl_problem,
-    set_state,
-    silence,
-)  # before mujoco
+from envs.physics import get_state, has_diverged, opengl_problem, picture, set_state, silence  # before mujoco
 from envs.workers import Chunk
 import mujoco
 
@@ -54,8 +42,8 @@ cache = os.path.abspath(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "
 while not os.path.exists(cache):
     cache = os.path.dirname(cache)
 if not os.access(cache, os.W_OK) and "NUMBA_CACHE_DIR" not in os.environ:
-    os.environ["NUMBA_CACHE_DIR"] = tempfile.mkdtemp(prefix="numba-")
-    atexit.register(shutil.rmtree, os.environ["NUMBA_CACHE_DIR"], ignore_errors=True)
+    folder = tempfile.TemporaryDirectory(prefix="numba-", ignore_cleanup_errors=True)
+    os.environ["NUMBA_CACHE_DIR"] = folder.name
 import numba
 from numba.core.caching import IndexDataCacheFile
 
@@ -74,26 +62,23 @@ IndexDataCacheFile.load = load_or_compile
 # robosuite opens /tmp/robosuite.log when it is imported, and whoever did so first owns that file. These are
 # its own settings, in the place where it looks for a user's; a user's own do not count here, so that runs do
 # not depend on them.
-sys.modules["robosuite.macros_private"] = types.ModuleType("robosuite.macros_private")
-sys.modules["robosuite.macros_private"].FILE_LOGGING_LEVEL = None
-sys.modules["robosuite.macros_private"].CONSOLE_LOGGING_LEVEL = "ERROR"
-
+macros = sys.modules["robosuite.macros_private"] = types.ModuleType("robosuite.macros_private")
+macros.FILE_LOGGING_LEVEL, macros.CONSOLE_LOGGING_LEVEL = None, "ERROR"
 
 # Step limits that papers on vision-language-action models use (openpi, OpenVLA-OFT).
 STEP_LIMIT = dict(libero_spatial=220, libero_object=280, libero_goal=300, libero_10=520, libero_90=400)
 TASKS = dict(libero_spatial=10, libero_object=10, libero_goal=10, libero_10=10, libero_90=90)
 OBSERVATION_DIM = {name: 45 + (n if name != "libero_90" else 0) for name, n in TASKS.items()}
-SETTLING = [
-    [0, 0, 0, 0, 0, 0, -1]
-] * 10  # steps after every reset that count nowhere: objects fall into place
+SETTLING = [[0, 0, 0, 0, 0, 0, -1]] * 10  # actions after every reset, counted nowhere: objects settle
 OFFICIAL_STATES = 50  # initial states a task that come with LIBERO, for evaluation only
-ARM_NOISE = (
-    0.02  # rad, standard deviation of the arm's start: robosuite's default, and what the official states show
-)
+ARM_NOISE = 0.02  # rad, standard deviation of the arm's start: robosuite's, and of the official states
 FIXTURE_SEED = 0  # draws the fixtures' poses under the official initial states, which do not contain them
 FPS = 20  # control steps a second
 ACTION_DIM = 7
 CAMERAS = dict(image="agentview", image2="robot0_eye_in_hand")  # lerobot's names: LIBERO's
+ARM, FINGERS = slice(0, 7), slice(7, 9)  # in qpos, qvel and ctrl
+LOOKS = mujoco.MjvOption()  # of pictures: neither collision shapes nor sites
+LOOKS.geomgroup[0] = LOOKS.sitegroup[:] = 0
 
 
 def official(index):
@@ -102,8 +87,7 @@ def official(index):
 
 
 def placed(seed):
-    """The start of an episode with objects and fixtures placed at random in the regions of the task's BDDL
-    file."""
+    """The start of an episode with objects and fixtures placed at random in the regions of the BDDL file."""
     return ("placed", int(seed))
 
 
@@ -112,8 +96,7 @@ def quiet():
     """LIBERO and robosuite print banners and warnings on import and on construction. On import robosuite also
     insists that MUJOCO_EGL_DEVICE_ID is one of CUDA_VISIBLE_DEVICES, which count another way (SimVLA #6)."""
     device = os.environ.pop("MUJOCO_EGL_DEVICE_ID", None)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()):
         try:
             yield
         finally:
@@ -145,8 +128,7 @@ def suite(name):
 
 
 def parse_task_ids(name, text):
-    """Task numbers of a suite from "all" or "0,3,5". ValueError, in one sentence, if there is no such
-    task."""
+    """Task numbers of a suite from "all" or "0,3,5". ValueError, in one sentence, if it has no such task."""
     numbers = range(TASKS[name]) if text == "all" else text.split(",")
     try:
         numbers = list(dict.fromkeys(int(k) for k in numbers))
@@ -159,70 +141,37 @@ def parse_task_ids(name, text):
 
 
 @numba.njit(cache=True)
-def osc_torques(
-    ctrl,
-    gripper,
-    arm,
-    grip,
-    low,
-    high,
-    grip_mid,
-    grip_half,
-    q_rest,
-    grip_step,
-    bias,
-    goal_position,
-    goal_rotation,
-    M,
-    jac_p,
-    jac_r,
-    qpos,
-    qvel,
-    position,
-    rotation,
-):
+def osc_torques(ctrl, gripper, limits, rest, bias, closing, goal_position, goal_rotation, sensed):
     """robosuite's OSC_POSE law (Khatib 1987; controllers/osc.py) and its gripper integrator; writes `ctrl`
-    and `gripper`.
+    (9,), within `limits` (9, 2), and `gripper` (2,).
 
-    arm, grip: first address of the arm's joints and of the fingers' actuators. The arm's qpos, qvel and
-    actuators are in the same order from `arm` on. M: (nv, nv) mass matrix, jac_p, jac_r: (3, nv) Jacobians of
-    the grip site.
+    rest: the arm's joints (7,). bias: gravity and Coriolis forces (nv,). closing: of the gripper, a substep.
+    sensed: the mass matrix (nv, nv), Jacobian (6, nv), qpos, qvel, position and rotation of the grip site.
     """
-    J = np.empty((6, 7))
-    J[:3], J[3:] = jac_p[:, arm : arm + 7], jac_r[:, arm : arm + 7]
-    mass = M[arm : arm + 7, arm : arm + 7].copy()
-    qd = qvel[arm : arm + 7].copy()
+    mass, J, qpos, qvel, position, rotation = sensed
+    mass, J, qd = mass[:7, :7].copy(), J[:, :7].copy(), qvel[:7].copy()
     twist = J @ qd
     mass_inv_Jt = np.linalg.solve(mass, J.T.copy())  # (7, 6)
     A = J @ mass_inv_Jt  # J M⁻¹ Jᵀ, the inverse of the operational-space inertia
-    angle = np.zeros(3)  # ½ Σ_c current_c × goal_c over the columns: rotation error
-    for c in range(3):
-        a, b = rotation[:, c], goal_rotation[:, c]
-        angle[0] += 0.5 * (a[1] * b[2] - a[2] * b[1])
-        angle[1] += 0.5 * (a[2] * b[0] - a[0] * b[2])
-        angle[2] += 0.5 * (a[0] * b[1] - a[1] * b[0])
+    angle = 0.5 * np.cross(rotation.T, goal_rotation.T).sum(0)  # between the columns: rotation error
     kp = 150.0
     kd = 2 * np.sqrt(kp)
     wrench = np.empty(6)
     wrench[:3] = np.linalg.solve(A[:3, :3].copy(), kp * (goal_position - position) - kd * twist[:3])
     wrench[3:] = np.linalg.solve(A[3:, 3:].copy(), kp * angle - kd * twist[3:])
     # the null space pulls the joints towards their rest: Nᵀ M q̈ = M q̈ - Jᵀ A⁻¹ J q̈
-    acceleration = 10.0 * (q_rest - qpos[arm : arm + 7]) - 2 * np.sqrt(10.0) * qd
-    torque = (
-        J.T.copy() @ (wrench - np.linalg.solve(A, J @ acceleration))
-        + mass @ acceleration
-        + bias[arm : arm + 7]
-    )
+    acceleration = 10.0 * (rest - qpos[:7]) - 2 * np.sqrt(10.0) * qd
+    torque = J.T.copy() @ (wrench - np.linalg.solve(A, J @ acceleration)) + mass @ acceleration + bias[:7]
     for i in range(7):
-        ctrl[arm + i] = min(max(torque[i], low[i]), high[i])
-    for i in range(2):
-        gripper[i] = min(max(gripper[i] + grip_step[i], -1.0), 1.0)
-        ctrl[grip + i] = grip_mid[i] + grip_half[i] * gripper[i]
+        ctrl[i] = min(max(torque[i], limits[i, 0]), limits[i, 1])
+    for i, step in enumerate((-closing, closing)):
+        gripper[i] = min(max(gripper[i] + step, -1.0), 1.0)
+        low, high = limits[7 + i]
+        ctrl[7 + i] = (low + high) / 2 + (high - low) / 2 * gripper[i]
 
 
 class Simulator:
-    """One task: LIBERO's environment with its model, and one MuJoCo data structure through which any number
-    of states pass.
+    """One task: LIBERO's environment with its model, and its MuJoCo data, through which all states pass.
 
     A state vector is MuJoCo's own (time, qpos, qvel, warm start), then the gripper's integrator (2), the
     controller's goal rotation (9), and the poses of the fixtures (7 each), which LIBERO draws anew at every
@@ -232,94 +181,55 @@ class Simulator:
     def __init__(self, suite_name, task_id):
         with quiet():
             from libero.libero.envs.env_wrapper import ControlEnv
-            from robosuite.utils import transform_utils
 
             description = suite(suite_name)
-            stock = ControlEnv(
-                description.get_task_bddl_file_path(task_id),
-                use_camera_obs=False,
-                has_offscreen_renderer=False,
-                hard_reset=False,
-                horizon=10**9,
-            )
+            blind = dict(use_camera_obs=False, has_offscreen_renderer=False)
+            path = description.get_task_bddl_file_path(task_id)
+            stock = ControlEnv(path, hard_reset=False, horizon=10**9, **blind)
             stock.reset()
-        self.env, self.transforms = stock.env, transform_utils
-        env = self.env
+        self.env = env = stock.env
         self.task_id, self.instruction = task_id, description.get_task(task_id).language
         self.one_hot = np.eye(TASKS[suite_name])[task_id] if suite_name != "libero_90" else np.zeros(0)
         self.official_states = description.get_task_init_states(task_id)
-        self.model, self.data = model, data = env.sim.model._model, env.sim.data._data
-        robot, controller = env.robots[0], env.robots[0].controller
-        self.site = model.site(controller.eef_name).id
-        self.arm = controller.qpos_index[0]
-        assert (
-            list(controller.qpos_index) == list(controller.qvel_index) == list(range(self.arm, self.arm + 7))
-        )
-        assert list(robot._ref_joint_actuator_indexes) == list(range(self.arm, self.arm + 7))
-        self.grip = robot._ref_joint_gripper_actuator_indexes[0]
-        self.fingers = np.array(robot._ref_gripper_joint_pos_indexes)
-        self.low, self.high = (np.array(limit, dtype=np.float64) for limit in robot.torque_limits)
-        span = model.actuator_ctrlrange[self.grip : self.grip + 2]
-        self.grip_mid, self.grip_half = span.mean(1), (span[:, 1] - span[:, 0]) / 2
-        self.grip_step = np.array([-1.0, 1.0]) * robot.gripper.speed
-        self.arm_rest, self.finger_rest = np.array(robot.init_qpos), np.array(robot.gripper.init_qpos)
-        self.rest_rotation = np.array(
-            controller.goal_ori
-        )  # where reset leaves the controller's goal, whatever state follows
-        self.substeps = round(env.control_timestep / env.model_timestep)
-        self.fixtures = np.array(
-            [env.obj_body_id[name] for name in env.fixtures_dict if name in env.obj_body_id], dtype=int
-        )
-        self.fixtures = self.fixtures[self.fixtures > 0]
-        bodies = [env.model.root.find(f".//body[@name='{model.body(i).name}']") for i in self.fixtures]
-
-        def numbers(body, key, default):
-            return np.array(body.get(key, default).split(), dtype=np.float64)
-
-        rest = [np.concatenate([numbers(b, "pos", "0 0 0"), numbers(b, "quat", "1 0 0 0")]) for b in bodies]
-        self.fixtures_rest = np.array(rest).ravel()  # their poses in the XML
-        self.physics_dim = len(get_state(model, data))
-        self.gripper, self.goal_rotation = np.zeros(2), self.rest_rotation.copy()
-        self.M, self.jac_p, self.jac_r = (
-            np.zeros((model.nv, model.nv)),
-            np.zeros((3, model.nv)),
-            np.zeros((3, model.nv)),
-        )
-        # arguments of osc_torques; the arrays are views into MuJoCo's data, which stay where they are
-        self.driven = (
-            data.ctrl,
-            self.gripper,
-            self.arm,
-            self.grip,
-            self.low,
-            self.high,
-            self.grip_mid,
-            self.grip_half,
-            self.arm_rest,
-        )
-        self.bias, rotation = data.qfrc_bias, data.site_xmat[self.site].reshape(3, 3)
-        self.sensed = (
-            self.M,
-            self.jac_p,
-            self.jac_r,
-            data.qpos,
-            data.qvel,
-            data.site_xpos[self.site],
-            rotation,
-        )
-        # robosuite's controller first looks at the arm when it is built, and after a reset it drives one
-        # substep on that memory
-        mujoco.mj_resetData(model, data)
-        data.qpos[self.arm : self.arm + 7] = self.arm_rest
-        mujoco.mj_forward(model, data)
-        mujoco.mj_jacSite(model, data, self.jac_p, self.jac_r, self.site)
-        mujoco.mj_fullM(model, self.M, data.qM)
-        self.remembered = tuple(array.copy() for array in self.sensed)
         self.goals = env.parsed_problem["goal_state"]
         self.height = env.workspace_offset[2]  # of the table's surface; observations count from there
         self.objects = list(env.objects_dict)
         self.object_ids = np.array([env.obj_body_id[name] for name in self.objects])
+        self.model, self.data = model, data = env.sim.model._model, env.sim.data._data
+        self.substeps = round(env.control_timestep / env.model_timestep)
+        self.physics_dim = len(get_state(model, data))
         self.renderers = {}
+
+        bodies = [env.obj_body_id.get(name, 0) for name in env.fixtures_dict]
+        self.fixtures = np.array([body for body in bodies if body > 0], dtype=int)
+        rest = []  # their poses in the XML
+        for body in self.fixtures:
+            element = env.model.root.find(f".//body[@name='{model.body(body).name}']")
+            rest += element.get("pos", "0 0 0").split() + element.get("quat", "1 0 0 0").split()
+        self.fixtures_rest = np.array(rest, dtype=np.float64)
+
+        robot, controller = env.robots[0], env.robots[0].controller
+        joints = [*controller.qpos_index, *robot._ref_gripper_joint_pos_indexes]
+        actuators = [*robot._ref_joint_actuator_indexes, *robot._ref_joint_gripper_actuator_indexes]
+        assert joints == actuators == list(range(9)) and list(controller.qvel_index) == list(range(7))
+        self.rest = np.concatenate([robot.init_qpos, robot.gripper.init_qpos])
+        # where reset leaves the controller's goal, whatever state follows
+        self.rest_rotation = np.array(controller.goal_ori)
+        self.gripper, self.goal_rotation = np.zeros(2), self.rest_rotation.copy()
+        self.gripper_speed = robot.gripper.speed
+        # what osc_torques drives and senses; MuJoCo's are views into its data, which stay where they are
+        self.site = model.site(controller.eef_name).id
+        self.M, self.jacobian = np.zeros((model.nv, model.nv)), np.zeros((6, model.nv))
+        self.hand, self.hand_rotation = data.site_xpos[self.site], data.site_xmat[self.site].reshape(3, 3)
+        self.driven = (data.ctrl, self.gripper, model.actuator_ctrlrange, self.rest[ARM], data.qfrc_bias)
+        self.sensed = (self.M, self.jacobian, data.qpos, data.qvel, self.hand, self.hand_rotation)
+        # robosuite's controller first looks at the arm when it is built, and after a reset it drives one
+        # substep on that memory
+        mujoco.mj_resetData(model, data)
+        data.qpos[ARM] = self.rest[ARM]
+        mujoco.mj_forward(model, data)
+        self._sense()
+        self.remembered = tuple(array.copy() for array in self.sensed)
 
     # ---- start of an episode ----
 
@@ -329,19 +239,17 @@ class Simulator:
         kind, number = start
         self._place(number if kind == "placed" else FIXTURE_SEED)
         if kind == "official":
-            n = self.model.nq
-            self.data.qpos[:], self.data.qvel[:] = np.split(self.official_states[number][1:], [n])
-            self.data.time = self.official_states[number][0]
+            spec = mujoco.mjtState.mjSTATE_FULLPHYSICS  # time, qpos, qvel: these models have no more
+            mujoco.mj_setState(self.model, self.data, self.official_states[number], spec)
         mujoco.mj_forward(self.model, self.data)
         self.gripper[:], self.goal_rotation[:] = 0, self.rest_rotation
         mujoco.mj_step1(self.model, self.data)
-        self._drive(self.remembered[5], SETTLING[0][6], self.remembered)
+        self._drive(self.remembered[4], SETTLING[0][6], self.remembered)
         chunk = self.run(self._get_state(), SETTLING[1:])
         return chunk.state, chunk.observation
 
     def _place(self, seed):
-        """Draw articulation and poses of everything as BDDLBaseDomain._reset_internal does, from a generator
-        of our own."""
+        """Draw joints and poses as BDDLBaseDomain._reset_internal does, from a generator of our own."""
         from robosuite.utils.errors import RandomizationError
 
         env, data = self.env, self.data
@@ -351,23 +259,18 @@ class Simulator:
             for attempt in range(100):
                 noise = ARM_NOISE * np.random.randn(7)
                 mujoco.mj_resetData(self.model, data)
-                self._set_fixtures(
-                    self.fixtures_rest
-                )  # as a hard reset does: what stands on a fixture is drawn relative to that
-                data.qpos[self.arm : self.arm + 7], data.qpos[self.fingers] = (
-                    self.arm_rest + noise,
-                    self.finger_rest,
-                )
+                # as a hard reset does: what stands on a fixture is drawn relative to that
+                self._set_fixtures(self.fixtures_rest)
+                data.qpos[:9] = self.rest
+                data.qpos[ARM] += noise
                 for sampler in env.object_property_initializers:
                     env.object_states_dict[sampler.name].set_joint(sampler.sample())
                 mujoco.mj_step1(self.model, data)
-                try:
+                with contextlib.suppress(RandomizationError):  # no room beside each other: draw again
                     placements = env.placement_initializer.sample()
                     placements = env.conditional_placement_initializer.sample(env.sim, placements)
                     placements = env.conditional_placement_on_objects_initializer.sample(placements)
                     break
-                except RandomizationError:  # objects found no room beside each other: draw again
-                    continue
             else:
                 raise RuntimeError(f"no placement without overlap in 100 tries for task {self.task_id}")
         finally:
@@ -383,7 +286,9 @@ class Simulator:
 
     def run(self, state, actions, stop_at_success=False, record=False):
         """Execute `actions` (T, 7) from `state`; stop early at success if asked, or where the physics
-        diverges."""
+        diverges. -> Chunk, whose frames are positions and the fixtures' poses."""
+        from robosuite.utils.transform_utils import axisangle2quat, quat2mat
+
         model, data = self.model, self.data
         self._set_state(state)
         actions = np.clip(np.asarray(actions, dtype=np.float64), -1, 1)  # NaN stays NaN
@@ -391,18 +296,13 @@ class Simulator:
         success, frames = [], [self._frame()] if record else []
         for action in actions if not diverged else ():
             mujoco.mj_step1(model, data)
-            goal_position = data.site_xpos[self.site] + 0.05 * action[:3]
             if np.abs(action[3:6]).max() > 2e-9:  # robosuite keeps the old goal where math.isclose(δ, 0)
-                turn = self.transforms.quat2mat(
-                    self.transforms.axisangle2quat(0.5 * action[3:6])
-                )  # float32 inside
-                self.goal_rotation[:] = turn @ data.site_xmat[self.site].reshape(3, 3)
+                turn = quat2mat(axisangle2quat(0.5 * action[3:6]))  # float32 inside
+                self.goal_rotation[:] = turn @ self.hand_rotation
             try:
-                self._drive(goal_position, action[6], self.sensed)
+                self._drive(self.hand + 0.05 * action[:3], action[6])
                 diverged = has_diverged(data)
-            except (
-                np.linalg.LinAlgError
-            ):  # MuJoCo has put a diverged arm to its zero pose, where it is singular
+            except np.linalg.LinAlgError:  # MuJoCo put a diverged arm to its zero pose, where it is singular
                 diverged = True
             if diverged:
                 break
@@ -414,27 +314,24 @@ class Simulator:
         if diverged:  # the state before the chunk stands in; the caller ends the episode
             self._set_state(state)
             mujoco.mj_forward(model, data)
-        return Chunk(
-            state=self._get_state(),
-            observation=self.observe(),
-            success=np.array(success, dtype=bool),
-            diverged=diverged,
-            frames=np.array(frames) if record else None,
-        )
+        frames, success = np.array(frames) if record else None, np.array(success, dtype=bool)
+        return Chunk(self._get_state(), self.observe(), success, diverged, frames)
 
-    def _drive(self, goal_position, grip, sensed):
-        """One control step towards the goal, after its first mj_step1. sensed: what the controller believes
-        in its first substep."""
-        model, data, grip_step = self.model, self.data, self.grip_step * np.sign(grip)
+    def _drive(self, goal_position, grip, remembered=None):
+        """One control step towards the goal, after its first mj_step1. remembered: what the controller
+        believes in its first substep instead of what it senses."""
+        model, data, closing = self.model, self.data, self.gripper_speed * np.sign(grip)
         for substep in range(self.substeps):
             if substep > 0:
                 mujoco.mj_step1(model, data)
-                sensed = self.sensed
-            if sensed is self.sensed:
-                mujoco.mj_jacSite(model, data, self.jac_p, self.jac_r, self.site)
-                mujoco.mj_fullM(model, self.M, data.qM)
-            osc_torques(*self.driven, grip_step, self.bias, goal_position, self.goal_rotation, *sensed)
+            self._sense()
+            sensed = remembered if remembered and substep == 0 else self.sensed
+            osc_torques(*self.driven, closing, goal_position, self.goal_rotation, sensed)
             mujoco.mj_step2(model, data)
+
+    def _sense(self):
+        mujoco.mj_jacSite(self.model, self.data, self.jacobian[:3], self.jacobian[3:], self.site)
+        mujoco.mj_fullM(self.model, self.M, self.data.qM)
 
     def _get_state(self):
         physics = get_state(self.model, self.data)
@@ -447,9 +344,11 @@ class Simulator:
         set_state(self.model, self.data, physics)
 
     def _get_fixtures(self):
-        return np.concatenate(
-            [self.model.body_pos[self.fixtures], self.model.body_quat[self.fixtures]], 1
-        ).ravel()
+        positions, quaternions = self.model.body_pos[self.fixtures], self.model.body_quat[self.fixtures]
+        return np.hstack([positions, quaternions]).ravel()
+
+    def _frame(self):
+        return np.concatenate([self.data.qpos, self._get_fixtures()])
 
     def _set_fixtures(self, poses):
         poses = poses.reshape(-1, 7)
@@ -458,12 +357,11 @@ class Simulator:
     # ---- observation ----
 
     def subgoal(self):
-        """The goal to work on: the first that does not hold yet, or whose object is still in the closed
-        gripper."""
+        """The goal to work on: the first that does not hold, or whose object is still in the gripper."""
         for k, goal in enumerate(self.goals):
-            if not self.env._eval_predicate(goal) or (
-                self.gripper[1] > 0 and self._distance_to(goal[1]) < 0.1
-            ):
+            if not self.env._eval_predicate(goal):
+                return k
+            if self.gripper[1] > 0 and np.linalg.norm(self.point(goal[1]) - self.hand) < 0.1:
                 return k
         return len(self.goals) - 1
 
@@ -472,9 +370,6 @@ class Simulator:
         if name in self.env.object_sites_dict:
             return self.data.site(name).xpos
         return self.data.xpos[self.env.obj_body_id[name]]
-
-    def _distance_to(self, name):
-        return np.linalg.norm(self.point(name) - self.data.site_xpos[self.site])
 
     def observe(self):
         """What the policy sees (45 or 55,). Lengths in metres, heights above the table.
@@ -485,32 +380,17 @@ class Simulator:
         end effector, relative to it: 9. Number of the sub-goal 1. Then the task's one-hot (10), but for
         libero_90, whose bases know one task.
         """
-        data, k = self.data, self.subgoal()
-        goal = self.goals[k]
-        hand, rotation = data.site_xpos[self.site], data.site_xmat[self.site].reshape(3, 3)
-        thing = self.point(goal[1])
-        body = self.env.obj_body_id.get(goal[1], 0)  # regions of fixtures have no rotation of interest
-        destination = self.point(goal[2]) if len(goal) == 3 else thing
-        others = data.xpos[self.object_ids[[name != goal[1] for name in self.objects]]] - hand
-        others = others[np.argsort(np.linalg.norm(others, axis=1), kind="stable")][:3]
-        others = np.concatenate([others, np.zeros((3 - len(others), 3))])
-        return np.concatenate(
-            [
-                hand - [0, 0, self.height],
-                rotation[:, :2].T.ravel(),
-                data.qpos[self.fingers],
-                self.gripper[1:],
-                data.qpos[self.arm : self.arm + 7],
-                thing - hand,
-                data.xmat[body].reshape(3, 3)[:, :2].T.ravel(),
-                [thing[2] - self.height],
-                destination - thing,
-                destination - hand,
-                others.ravel(),
-                [k],
-                self.one_hot,
-            ]
-        )
+        data, hand, rotation, k = self.data, self.hand, self.hand_rotation, self.subgoal()
+        _, name, *place = self.goals[k]
+        thing, destination = self.point(name), self.point(place[0] if place else name)
+        body = self.env.obj_body_id.get(name, 0)  # regions of fixtures have no rotation of interest
+        others = data.xpos[self.object_ids[[other != name for other in self.objects]]] - hand
+        others = others[np.argsort(np.linalg.norm(others, axis=1), kind="stable")][:3].ravel()
+        hand_pose = [hand - [0, 0, self.height], rotation[:, :2].T.ravel()]
+        robot = [*hand_pose, data.qpos[FINGERS], self.gripper[1], data.qpos[ARM]]
+        held = [thing - hand, data.xmat[body].reshape(3, 3)[:, :2].T.ravel(), thing[2] - self.height]
+        goal = [destination - thing, destination - hand]
+        return np.hstack([*robot, *held, *goal, others, np.zeros(9 - len(others)), k, self.one_hot])
 
     def look(self, state, sizes):
         """What a vision-language-action model sees in a state: the dict that lerobot's LiberoEnv returns, a
@@ -519,45 +399,26 @@ class Simulator:
         sizes: {camera: (height, width)} with cameras of CAMERAS. -> pixels {camera: (height, width, 3) uint8,
         upside down as robosuite gives them}, robot_state, and the task's instruction.
         """
+        data = self.data
         self._set_state(state)
-        mujoco.mj_forward(self.model, self.data)
-        data, hand = self.data, self.model.body("robot0_right_hand").id
-        pixels = {name: self._picture(CAMERAS[name], *size)[::-1].copy() for name, size in sizes.items()}
-        joints = slice(self.arm, self.arm + 7)
-        eef = dict(
-            pos=data.site_xpos[self.site].copy(),
-            quat=np.roll(data.xquat[hand], -1),
-            mat=data.site_xmat[self.site].reshape(3, 3).copy(),
-        )
-        gripper = dict(qpos=data.qpos[self.fingers], qvel=data.qvel[self.fingers])
-        robot_state = dict(
-            eef=eef, gripper=gripper, joints=dict(pos=data.qpos[joints].copy(), vel=data.qvel[joints].copy())
-        )
+        mujoco.mj_forward(self.model, data)
+        pixels = {k: picture(self, CAMERAS[k], *size, LOOKS)[::-1].copy() for k, size in sizes.items()}
+        quaternion = np.roll(data.body("robot0_right_hand").xquat, -1)  # x, y, z, w
+        eef = dict(pos=self.hand.copy(), quat=quaternion, mat=self.hand_rotation.copy())
+        gripper = dict(qpos=data.qpos[FINGERS].copy(), qvel=data.qvel[FINGERS].copy())
+        joints = dict(pos=data.qpos[ARM].copy(), vel=data.qvel[ARM].copy())
+        robot_state = dict(eef=eef, gripper=gripper, joints=joints)
         return dict(pixels=pixels, robot_state=robot_state, task=self.instruction)
 
-    # ---- rendering ----
-
-    def _frame(self):
-        return np.concatenate([self.data.qpos, self._get_fixtures()])
-
     def render(self, frames, camera="agentview", height=256, width=256):
-        """Pictures of recorded frames. (T, F) -> (T, height, width, 3) uint8. Needs EGL (or another GL)."""
+        """Pictures of recorded frames. (T, F) -> (T, height, width, 3) uint8. Needs OpenGL."""
         pictures = []
         for frame in frames:
             self.data.qpos[:] = frame[: self.model.nq]
             self._set_fixtures(frame[self.model.nq :])
             mujoco.mj_forward(self.model, self.data)
-            pictures.append(self._picture(camera, height, width))
+            pictures.append(picture(self, camera, height, width, LOOKS))
         return np.array(pictures)
-
-    def _picture(self, camera, height, width):
-        if (height, width) not in self.renderers:
-            self.renderers[height, width] = mujoco.Renderer(self.model, height, width)
-        options = mujoco.MjvOption()
-        options.geomgroup[0] = 0  # collision shapes
-        options.sitegroup[:] = 0
-        self.renderers[height, width].update_scene(self.data, camera=camera, scene_option=options)
-        return self.renderers[height, width].render()
 
 
 def build(suite_name, task_ids):
@@ -567,8 +428,7 @@ def build(suite_name, task_ids):
 
 
 def draw_start(rng):
-    """The start of a training episode: placements of the task's BDDL regions, never an official initial
-    state."""
+    """The start of a training episode: placements of the BDDL regions, never an official initial state."""
     return placed(rng.integers(2**32))
 
 

@@ -32,20 +32,11 @@ except Exception as error:  # each OpenGL library that is not there fails in a w
 else:
     WORDS = ""
 
-STATE_SPEC = int(
-    mujoco.mjtState.mjSTATE_TIME
-    | mujoco.mjtState.mjSTATE_QPOS
-    | mujoco.mjtState.mjSTATE_QVEL
-    | mujoco.mjtState.mjSTATE_WARMSTART  # without it a resumed run drifts in the last bits
-)
-DIVERGED = [
-    int(w)
-    for w in (
-        mujoco.mjtWarning.mjWARN_BADQPOS,
-        mujoco.mjtWarning.mjWARN_BADQVEL,
-        mujoco.mjtWarning.mjWARN_BADQACC,
-    )
-]
+from mujoco import mjtState, mjtWarning
+
+STATE_SPEC = mjtState.mjSTATE_TIME | mjtState.mjSTATE_QPOS | mjtState.mjSTATE_QVEL
+STATE_SPEC = int(STATE_SPEC | mjtState.mjSTATE_WARMSTART)  # or a resumed run drifts in the last bits
+DIVERGED = [int(w) for w in (mjtWarning.mjWARN_BADQPOS, mjtWarning.mjWARN_BADQVEL, mjtWarning.mjWARN_BADQACC)]
 
 
 def get_state(model, data):
@@ -61,9 +52,19 @@ def set_state(model, data, state):
     mujoco.mj_setState(model, data, state, STATE_SPEC)
 
 
-def diverged(data):
+def has_diverged(data):
     """Whether MuJoCo has found a non-finite or absurd state since the last `set_state`."""
     return any(data.warning[w].number for w in DIVERGED)
+
+
+def picture(simulator, camera, height, width, options=None):
+    """What a camera of a simulator's model sees at present, with MuJoCo's visual `options`.
+    -> (height, width, 3) uint8"""
+    size = height, width
+    if size not in simulator.renderers:
+        simulator.renderers[size] = mujoco.Renderer(simulator.model, *size)
+    simulator.renderers[size].update_scene(simulator.data, camera, options)
+    return simulator.renderers[size].render()
 
 
 def opengl_problem(pictures=True):
@@ -91,6 +92,5 @@ def opengl_problem(pictures=True):
 
 
 def silence():
-    """No warnings from MuJoCo in this process, which would write MUJOCO_LOG.TXT where it stands; `diverged`
-    tells."""
+    """No warnings from MuJoCo in this process, which would write MUJOCO_LOG.TXT; `has_diverged` tells."""
     mujoco.set_mju_user_warning(lambda text: None)

@@ -24,6 +24,7 @@ import traceback
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from itertools import repeat
 
 import numpy as np
 from tqdm import tqdm
@@ -42,9 +43,7 @@ class Chunk:
     observation: np.ndarray  # in that state
     success: np.ndarray  # (T,) bool, after each step
     diverged: bool  # MuJoCo found a non-finite or absurd state: the episode has failed
-    frames: (
-        np.ndarray | None
-    )  # (T + 1, F) with record=True: what `render` needs, before the first and after every step
+    frames: np.ndarray | None  # (T + 1, F) with record=True, for `render`: before the first, after every step
 
 
 # ---- inside a worker process ----
@@ -101,24 +100,17 @@ def _render(simulators, task, frames, options):
 # ---- in the process that owns them ----
 
 
-def progress(iterable=None, total=None, description=None):
+def progress(iterable, description, total=None):
     """A progress bar, on stderr, for what may take long: it shows after three seconds. Under torchrun one
     process of a machine has it."""
     hidden = description is None or os.environ.get("LOCAL_RANK", "0") != "0"
-    mininterval = 0.5 if sys.stderr.isatty() else 5.0
-    return tqdm(
-        iterable, total=total, desc=description, leave=False, delay=3, mininterval=mininterval, disable=hidden
-    )
+    pause = 0.5 if sys.stderr.isatty() else 5.0  # seconds between two looks
+    return tqdm(iterable, description, total, leave=False, delay=3, mininterval=pause, disable=hidden)
 
 
 def stack(observations, pictures):
-    """n observations as one array: (n, S) of state vectors, or with pictures (n,) of whatever objects they
-    are."""
-    if not pictures:
-        return np.stack(observations)
-    stacked = np.empty(len(observations), dtype=object)
-    stacked[:] = observations
-    return stacked
+    """n observations as one array: (n, S) of state vectors, or with pictures (n,) of objects."""
+    return np.fromiter(observations, object) if pictures else np.stack(observations)
 
 
 class Workers:
@@ -137,8 +129,7 @@ class Workers:
 
     def reset(self, tasks, starts, description=None):
         """Start n episodes. description: of a progress bar -> list of n states, n observations."""
-        n = len(starts)
-        results = self.map(_reset, list(tasks), list(starts), [self.pictures] * n, description=description)
+        results = self.map(_reset, tasks, starts, repeat(self.pictures), description=description)
         states, observations = zip(*results)
         self.nothing_seen = None if self.pictures else np.zeros_like(observations[0])
         return list(states), stack(observations, self.pictures)
@@ -146,19 +137,18 @@ class Workers:
     def run(self, tasks, states, actions, stop_at_success=False, record=False):
         """`run` of the simulators for every row. actions: n arrays (T, A) -> list of n `Chunk`. One whose
         worker died over it comes back as a diverged one: no step, and the episode has failed."""
-        n = len(states)
-        same = [stop_at_success] * n, [record] * n, [self.pictures] * n
-        chunks = self.map(_run, list(tasks), list(states), list(actions), *same, may_lose=True)
-        lost = [Chunk(state, self.nothing_seen, np.zeros(0, bool), True, None) for state in states]
-        return [chunk or instead for chunk, instead in zip(chunks, lost)]
+        same = repeat(stop_at_success), repeat(record), repeat(self.pictures)
+        chunks = self.map(_run, tasks, states, actions, *same, may_lose=True)
+        lost = self.nothing_seen, np.zeros(0, bool), True, None
+        return [chunk or Chunk(state, *lost) for chunk, state in zip(chunks, states)]
 
     def look(self, tasks, states):
         """The observations in n states, with pictures."""
-        return stack(self.map(_look, list(tasks), list(states), [self.pictures] * len(states)), self.pictures)
+        return stack(self.map(_look, tasks, states, repeat(self.pictures)), self.pictures)
 
     def render(self, tasks, frames, **options):
         """Pictures for a list of recorded episodes, in parallel. options: camera, height, width."""
-        return self.map(_render, list(tasks), frames, [options] * len(frames))
+        return self.map(_render, tasks, frames, repeat(options))
 
     def map(self, function, *columns, may_lose=False, description=None):
         """[function(simulators, *job) for job in zip(*columns)], spread over the workers. ChildProcessError
@@ -171,10 +161,10 @@ class Workers:
         while cuts[-1] < len(jobs):
             left = len(jobs) - cuts[-1]
             cuts.append(cuts[-1] + min(math.ceil(left / (2 * self.num_workers)), LARGEST_PIECE))
+        results = []
         try:
             pieces = [self.executor.submit(_call, function, jobs[i:j]) for i, j in zip(cuts, cuts[1:])]
-            results = []
-            with progress(total=len(jobs), description=description) as bar:
+            with progress(None, description, len(jobs)) as bar:
                 for piece in pieces:
                     results += piece.result(self.timeout)
                     bar.update(len(results) - bar.n)
@@ -193,41 +183,34 @@ class Workers:
             raise ChildProcessError(
                 f"{lost} of {len(results)} jobs killed their simulator process twice, or kept it silent for "
                 f"{self.timeout:g} s each time; run `python -m envs.aloha` or `python -m envs.libero` to see "
-                "whether the "
-                'simulator works here, and give a script of your own `if __name__ == "__main__":`'
+                'whether the simulator works here, and give a script of your own `if __name__ == "__main__":`'
             )
         return results
 
-    def _start(self):
+    def __enter__(self):
         # spawn: a forked child of a process that runs torch threads or CUDA may hang
         context = multiprocessing.get_context("spawn")
-        sys.modules["__main__"].__dict__.setdefault(
-            "__spec__", None
-        )  # under pdb it is missing, and spawn asks for it
+        sys.modules["__main__"].__dict__.setdefault("__spec__", None)  # spawn asks for it; missing under pdb
+        start = self.num_workers, context, _start_worker, (self.build, self.tasks)
         try:
-            self.executor = ProcessPoolExecutor(
-                self.num_workers, context, _start_worker, (self.build, self.tasks)
-            )
+            self.executor = ProcessPoolExecutor(*start)
         except OSError as error:
             sentence = f"simulator processes cannot be started ({error.strerror}); they need room in /dev/shm"
             raise ChildProcessError(f"{sentence} (in Docker: --shm-size)") from None
+        return self
+
+    def __exit__(self, *_):
+        self.close()
 
     def _restart(self):
         self.close()
-        self._start()
+        self.__enter__()
 
     def close(self):
         """Stop the processes at once."""
         for process in list((self.executor._processes or {}).values()):
             process.kill()
         self.executor.shutdown(wait=True, cancel_futures=True)
-
-    def __enter__(self):
-        self._start()
-        return self
-
-    def __exit__(self, *_):
-        self.close()
 
 
 def play_episodes(workers, tasks, starts, act, limit, record=False):
@@ -246,19 +229,15 @@ def play_episodes(workers, tasks, starts, act, limit, record=False):
     alive = np.arange(n)
     while len(alive):
         actions = act(observations)
-        now = [actions[i, : limit - length[i]] for i in alive]
-        chunks = workers.run(
-            tasks[alive], [states[i] for i in alive], now, stop_at_success=True, record=record
-        )
+        now = [states[i] for i in alive], [actions[i, : limit - length[i]] for i in alive]
+        chunks = workers.run(tasks[alive], *now, stop_at_success=True, record=record)
         for i, chunk in zip(alive, chunks):
             success[i], diverged[i] = chunk.success.any(), chunk.diverged
             states[i], observations[i] = chunk.state, chunk.observation
             length[i] += len(chunk.success)
             decisions[i] += 1
-            if chunk.frames is not None:
-                frames[i].extend(
-                    chunk.frames[len(frames[i]) > 0 :]
-                )  # its first row is where the chunk before ended
+            if chunk.frames is not None:  # their first row is where the chunk before ended
+                frames[i].extend(chunk.frames[len(frames[i]) > 0 :])
         alive = np.flatnonzero((length < limit) & ~diverged & ~success)
         if workers.pictures:
             observations[np.setdiff1d(range(n), alive)] = None  # nothing to look at, and nothing to decode
@@ -280,7 +259,7 @@ class TrainingEnvs:
         self.indices = range(num_envs)[own]  # those of them that are played here
         self.tasks = np.array([tasks[i % len(tasks)] for i in self.indices])
         # the leading 1 keeps training apart from evaluation (0) and demonstrations (2), whatever the seed
-        numbers = progress(self.indices, description="seed environments")
+        numbers = progress(self.indices, "seed environments")
         self.rngs = [np.random.default_rng([1, seed, i]) for i in numbers]
         starts = [draw_start(rng) for rng in self.rngs]
         self.states, self.observations = workers.reset(self.tasks, starts, "start environments")
@@ -300,16 +279,10 @@ class TrainingEnvs:
         self.steps += num_steps
         terminated = success | np.array([c.diverged for c in chunks])
         truncated = ~terminated & (self.steps >= self.limit)
-        last_observation = stack([c.observation for c in chunks], self.workers.pictures)
-        result = dict(
-            success=success,
-            num_steps=num_steps,
-            terminated=terminated,
-            truncated=truncated,
-            last_observation=last_observation,
-            episode_steps=self.steps.copy(),
-        )
-        self.states, self.observations = [c.state for c in chunks], last_observation.copy()
+        seen = stack([c.observation for c in chunks], self.workers.pictures)
+        result = dict(success=success, num_steps=num_steps, terminated=terminated, truncated=truncated)
+        result |= dict(last_observation=seen, episode_steps=self.steps.copy())
+        self.states, self.observations = [c.state for c in chunks], seen.copy()
         ended = np.flatnonzero(terminated | truncated)
         if len(ended):
             starts = [self.draw_start(self.rngs[i]) for i in ended]
