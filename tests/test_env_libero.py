@@ -148,6 +148,22 @@ def test_same_actions_same_states_and_success_as_the_stock_environment(both, sui
         assert any(flags)  # the comparison of success saw both values
 
 
+# Pull, put in a drawer, drag, twist, push shut, put inside and swing shut; short, the hand closes on nothing
+@pytest.mark.slow
+@pytest.mark.parametrize("deep", [True, False])
+@pytest.mark.parametrize(
+    "suite_name, task_id",
+    [*(("libero_goal", k) for k in (0, 3, 5, 7)), *(("libero_10", k) for k in (3, 9))],
+)
+def test_the_demonstrator_does_each_kind_of_goal(suite_name, task_id, deep):
+    from demo_libero import demonstrate
+
+    simulators = build(suite_name, [task_id])
+    own = official(0), [deep] * 3, None, [2, 0, 0]
+    episode = demonstrate(simulators, task_id, *own, STEP_LIMIT[suite_name], 40, push=0.0, record=False)
+    assert episode["success"] == deep and np.abs(episode["actions"]).max() <= 1
+
+
 def test_every_official_state_is_the_one_that_libero_ships(both):
     simulator, stock = both
     assert simulator.official_states.shape[0] == OFFICIAL_STATES
