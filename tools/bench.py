@@ -67,7 +67,8 @@ def print_update(base, rollout, args):
     S, D, device, flags = base.state_dim, base.latent_dim, base.device, fpo.Args()
     n = flags.window * flags.rollout_decisions * args.num_envs
     actor, critic = FlowActor(S, D).to(device), QEnsemble(S, D, flags.num_critics).to(device)
-    actor_adam, critic_adam = (torch.optim.Adam(network.parameters()) for network in (actor, critic))
+    adams = (torch.optim.Adam(network.parameters(), fused=True) for network in (actor, critic))
+    actor_adam, critic_adam = adams
     target, r = copy.deepcopy(critic), torch.zeros(n, device=device)
     s, x = torch.randn(n, S, device=device), torch.randn(n, D, device=device)
 

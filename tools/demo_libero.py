@@ -91,9 +91,9 @@ class Demonstrator:
         middle, half = (low + high) / 2, (high - low) / 2
         return origin + rotation @ middle, np.abs(rotation) @ half, rotation, half
 
-    def _grasp(self, goal, tries):
-        """Grip point (3,), the direction along which the fingers close, and the height of the top."""
-        name, narrow = goal[1], self._narrow(goal)
+    def _grasp(self, name, narrow, tries):
+        """Grip point (3,), the direction along which the fingers close, and the height of the top. narrow: of
+        `_narrow`."""
         category = self.env.objects_dict[name].category_name
         centre, half, rotation, own_half = self._box(name)
         top, bottom = centre[2] + half[2], centre[2] - half[2]
@@ -360,8 +360,8 @@ class Demonstrator:
     def _fetch(self, goal, deep, tries):
         """Grasp the object of a goal, carry it and let go; return early where the object was lost."""
         name = goal[1]
-        grip, across, top = self._grasp(goal, tries)
         narrow, into = self._narrow(goal), self._into(goal)
+        grip, across, top = self._grasp(name, narrow, tries)
         if not deep:
             grip = np.r_[grip[:2], top] + SHORT
         if self.spot:
@@ -393,8 +393,7 @@ class Demonstrator:
             yield self._move(grip, OPEN)
             if abs(self.hand[2] - grip[2]) < 0.006:
                 break
-        for _ in range(11):
-            yield self._move(grip, CLOSED)
+        yield from self._reach(grip, CLOSED, 11, 0)
 
         place = self._place(goal)
         centre, half, *_ = self._box(name)
@@ -441,9 +440,7 @@ class Demonstrator:
             stuck = len(heights) > 8 and abs(heights[-6] - heights[-1]) < 0.004
             if deep and (centre[2] - half[2] < surface + 0.025 or stuck):
                 break
-        rest = self.hand
-        for _ in range(8):
-            yield self._move(rest, OPEN)
+        yield from self._reach(self.hand, OPEN, 8, 0)
         for _ in range(12):
             yield self._move(self.hand + [0, 0, 0.08], OPEN)
             if self.hand[2] > carry:
