@@ -49,7 +49,7 @@ def evaluate(policy, latents, base, workers, tasks, starts, limit, log=None, env
     the success.
 
     policy: its name. latents(s, noise) -> x: the latents that it sends, from encoded states (n, S) and N(0,
-    I) noise (n, D), which is the same at every call of this function. log: an eval.csv to write to;
+    I) noise (n, D), an episode's own, whichever others are played beside it. log: an eval.csv to write to;
     env_steps: how long the policy was trained. Under torchrun every rank plays its part, and all get the
     result: a dict of task, episode, success, length (to the success, or limit), diverged, decisions, all
     (n,), drawn, the latents sent, a list of (decisions, D), and frames, with record=True.
@@ -61,14 +61,19 @@ def evaluate(policy, latents, base, workers, tasks, starts, limit, log=None, env
 
     episodes = [(task, number) for task in tasks for number in range(len(starts))]
     n, mine = len(episodes), np.arange(ranks.RANK, len(episodes), ranks.WORLD)
-    D, noise, drawn = base.latent_dim, torch.Generator(base.device).manual_seed(0), []
-    bar = progress_bar(math.ceil(limit / base.chunk_steps), desc=f"evaluate {policy}", leave=False)
+    D, drawn, decisions = base.latent_dim, [], math.ceil(limit / base.chunk_steps)
+    bar = progress_bar(decisions, desc=f"evaluate {policy}", leave=False)
+
+    def noise_of(task, number):
+        """N(0, I) noise of all decisions of one episode. -> (decisions, …)"""
+        generator = torch.Generator(base.device).manual_seed(1000 * task + number)
+        return torch.randn(decisions, D + base.free_dim, generator=generator, device=base.device)
 
     @torch.no_grad()
     def act(observations):
         bar.update()
         s, context = base.encode(observations)
-        both = torch.randn(n, D + base.free_dim, generator=noise, device=base.device)[mine]
+        both = noise[:, len(drawn)]  # of this decision
         x = latents(s, both[:, :D])
         drawn.append(x.cpu().numpy())
         return base.decode(context, x, both[:, D:]).cpu().numpy()
@@ -76,6 +81,7 @@ def evaluate(policy, latents, base, workers, tasks, starts, limit, log=None, env
     result = None
     if len(mine):
         own = [episodes[i] for i in mine]
+        noise = torch.stack([noise_of(*episode) for episode in own])
         first = [starts[number] for _, number in own]
         result = play_episodes(workers, [task for task, _ in own], first, act, limit, record)
         result["drawn"] = [x[:k] for x, k in zip(np.stack(drawn, 1), result["decisions"])]

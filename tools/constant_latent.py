@@ -113,7 +113,7 @@ if __name__ == "__main__":
             for attempt in range(1, args.best_of + 1):  # a state that is solved is not tried again
                 if len(left := np.flatnonzero(~solved)):
                     solved[left] = play([starts[i] for i in left], generator)[0]
-                if attempt in (1, args.best_of):  # the first try has the draws of the train scripts' base
+                if attempt in (1, args.best_of):  # the first try is the base as it is
                     report("base" if attempt == 1 else f"best of {attempt}", name, solved)
         form = [k for k in ("per_task", "per_place", "first_only") if vars(args)[k]]
         for seed in args.seeds if args.total_env_steps else ():
