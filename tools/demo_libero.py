@@ -49,7 +49,7 @@ LEAN = dict(pull=1.3, push=0.7, below=0.5, inside=0.85)
 # Where a knob is gripped and a door pushed, metres in the frame of the part that turns. A knob has no lever
 LEVER = dict(flat_stove=(0.0, 0.0, 0.032), microwave=(0.21, 0.0, 0.03))
 # What is entered from the front: the way in, and the place from the middle of the region, in its frame
-INTO = dict(microwave=((0.0, 1.0, 0.0), (-0.055, -0.07, -0.056)))
+INTO = dict(microwave=((0.0, 1.0, 0.0), (-0.055, -0.07, -0.061)))
 PLATE_RIM = 0.062  # m from the middle of a plate
 APART = 0.052  # m from the middle of a place that two objects share
 
@@ -224,7 +224,8 @@ class Demonstrator:
         where that is None, in the plane in which it leans."""
         z = np.sin(angle) * ahead - np.cos(angle) * np.array([0, 0, 1])
         x = np.cross(np.cross(ahead, [0, 0, 1]), z) if across is None else across
-        x = x * np.sign(x @ self.hand_rotation[:, 0])
+        wrist = self.data.qpos[6]  # of the two ways to turn, the one that leaves it nearer to its middle
+        x = x * np.sign(x @ self.hand_rotation @ [np.cos(wrist), -np.sin(wrist), 0])
         self.turned = np.stack([x, np.cross(z, x), z], 1)
 
     def _reach(self, target, gripper, steps=60, near=0.01):
@@ -330,7 +331,7 @@ class Demonstrator:
             way = np.cross(self.data.xaxis[joint], lever)
             return self.data.xpos[body] + lever + ahead * way / np.linalg.norm(way) + over
 
-        start = contact(-0.05)
+        start = contact(-0.03)
         yield from self._reach(np.r_[self.hand[:2], max(self.hand[2], start[2] + 0.15)], CLOSED, 30, 0.03)
         yield from self._reach(start + [0, 0, 0.15], CLOSED)
         yield from self._reach(start, CLOSED, 30)
