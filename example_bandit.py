@@ -17,7 +17,7 @@ def pay(x):  # the chance that arm x has reward 1, else 0. (n, 2) -> (n,)
     return torch.exp(-2 * torch.cdist(x, torch.tensor([[1.5, 0], [-1.5, 0]])) ** 2) @ torch.tensor([1, 0.2])
 
 
-SEED, ITERATIONS, EARLY, STEPS, BETA, KAPPA, LR = 1, 40, 10, 8, 0.2, 0.3, 1e-3
+SEED, ITERATIONS, EARLY, STEPS, BETA, KAPPA, LR = 1, 40, 10, 8, 0.2, 0.5, 1e-3
 torch.manual_seed(SEED)
 start, early, actor = (FlowActor(state_dim=1, latent_dim=2, hidden=64) for _ in range(3))
 critic, buffer = QEnsemble(state_dim=1, latent_dim=2, num_critics=5, hidden=64), TrajectoryBuffer(window=5)
@@ -41,13 +41,13 @@ for k in range(ITERATIONS):
     x_a = actor.sample(s, STEPS)  # the actor learns from 8 fresh latents a state, valued by the critics
     adv = latent_advantage(critic, s[:128], x_a.view(128, 8, 2)).flatten().clamp_min(-1)
     u, eps = draw_flow_noise(1024, 4, 2)  # the same for both losses of Eq. 2
-    cfm_init, v_old = (value.detach() for value in actor.cfm_loss(x_a, s, u, eps))  # of θ_old
+    cfm_init = actor.cfm_loss(x_a, s, u, eps).detach()  # of θ_old
     actor_optimizer.param_groups[0]["lr"] = LR * (1 - k / ITERATIONS)
     for i in torch.randperm(1024).split(256):
-        cfm, v = actor.cfm_loss(x_a[i], s[i], u[i], eps[i])
+        cfm = actor.cfm_loss(x_a[i], s[i], u[i], eps[i])
         loss, info = fpo_loss(cfm, cfm_init[i], adv[i], BETA, clip_eps=0.5, sigma_floor=BETA)  # Eq. 2-4
         actor_optimizer.zero_grad()
-        (loss + KAPPA * info["slope"] * (v - v_old[i]).square().mean()).backward()  # stay near v_old
+        (loss + KAPPA * info["slope"] * cfm.mean()).backward()  # fit the own latents, too
         actor_optimizer.step()
 x = e = torch.randn(1024, 2)  # arms of the start, θ_old here; θ is the actor after EARLY updates
 for _ in range(10):  # Newton: the noise e that θ carries to x, and the Jacobian dx/de
@@ -55,7 +55,7 @@ for _ in range(10):  # Newton: the noise e that θ carries to x, and the Jacobia
     e = e - torch.linalg.solve(J, early.sample(s, STEPS, noise=e) - x)
 log_ratio = (x.square() - e.square()).sum(1) / 2 - torch.linalg.slogdet(J).logabsdet  # change of variables
 u, eps = draw_flow_noise(1024, 64, 2)
-delta = (start.cfm_loss(x, s, u, eps)[0] - early.cfm_loss(x, s, u, eps)[0]).detach()  # Eq. 2
+delta = (start.cfm_loss(x, s, u, eps) - early.cfm_loss(x, s, u, eps)).detach()  # Eq. 2
 corr = torch.corrcoef(torch.stack([delta, log_ratio]))[0, 1]
 print(f"mean reward {rewards[0]:.2f} before, {rewards[-1]:.2f} after; correlation {corr:.3f}")
 figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")

@@ -9,7 +9,7 @@ only.
     s = torch.randn(8, 21)
     x = actor.sample(s, flow_steps=8)                          # (8, 24), N(0, I) before any training
     u, eps = draw_flow_noise(8, 16, 24)                        # draw once, keep with the sample
-    cfm, v = actor.cfm_loss(x, s, u, eps)                      # (8,), and the velocities, (8, 16, 24)
+    cfm = actor.cfm_loss(x, s, u, eps)                         # (8,), differentiable in θ
 
 Flow time u runs from noise (0) to data (1): x_u = (1 - u) ε + u x, with target velocity x - ε.
 """
@@ -112,12 +112,11 @@ class FlowActor(nn.Module):
     def cfm_loss(self, x, s, u, eps):
         """ℓ_cfm(x | s; θ) of Eq. 2 from given draws: the mean over N and D of |v_θ(x_u, u | s) - (x - ε)|².
 
-        x: (B, D), s: (B, S), u: (B, N), eps: (B, N, D) -> ℓ (B,) and the velocities v_θ (B, N, D) behind it,
-        both differentiable in θ.
+        x: (B, D), s: (B, S), u: (B, N), eps: (B, N, D) -> ℓ (B,), differentiable in θ.
         """
         B, N, D = eps.shape
         x = x[:, None].expand(B, N, D)
         x_u = (1 - u[..., None]) * eps + u[..., None] * x  # (B, N, D)
         s = s[:, None].expand(B, N, -1)
         v = self.velocity(x_u.flatten(0, 1), u.flatten(), s.flatten(0, 1)).view(B, N, D)
-        return (v - (x - eps)).square().mean((1, 2)), v
+        return (v - (x - eps)).square().mean((1, 2))

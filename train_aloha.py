@@ -49,17 +49,17 @@ class Args:
     critic_steps: int = 160  # gradient steps of the critics per iteration
     fresh_latents: int = 8  # latents per state the actor learns from, valued by critics; 0: executed, by GAE
     actor_states: int = 1600  # states of the window, per iteration, whose fresh latents the actor learns from
-    actor_lr: float = 3e-4  # learning rate of θ (Adam)
+    actor_lr: float = 5e-4  # learning rate of θ (Adam)
     anneal_lr: bool = True  # let the actor's learning rate fall linearly to 0 over the run
     critic_lr: float = 3e-3  # learning rate of φ (Adam)
     beta: float = 0.2  # β of Eq. 3, sharpness of the ratio
     clip_eps: float = 0.5  # ε of Eq. 4; inf leaves the clip out (Table II)
-    proximal: float = 0.3  # κ, weight of |v_θ - v_θ_old|², which the paper lacks; 0 is off
+    self_fit: float = 0.5  # κ, weight of ℓ_cfm of the actor's own latents, which the paper lacks; 0 is off
     explore_steps: int = 0  # K of Eq. 7, latent exploration steps in training
     num_critics: int = 5  # M, members of the ensemble
     clamp_target: bool = True  # keep the target of Eq. 5 within [0, 1], where the return lies
     shuffle_advantages: bool = False  # permute the advantages: a control that must not learn
-    literal: bool = False  # --proximal 0 --no-clamp-target --fresh-latents 0, no σ floor, stored V
+    literal: bool = False  # --self-fit 0 --no-clamp-target --fresh-latents 0, no σ floor, stored V
     base: str = "weights/aloha.safetensors"  # frozen policy: a file, or a π_0's folder or hub name
     pi0: Pi0Options = field(default_factory=Pi0Options)
     eval_every: int = 200_000  # control steps between evaluations
@@ -138,10 +138,9 @@ if __name__ == "__main__":
 
         @torch.no_grad()
         def loss_of_old(x, s, u, eps):
-            """ℓ_cfm(x | s; θ), before θ moves, and the velocities behind it; in pieces, which is faster."""
+            """ℓ_cfm(x | s; θ), before θ moves; in pieces, which is faster."""
             pieces = zip(x.split(1024), s.split(1024), u.split(1024), eps.split(1024))
-            losses, velocities = zip(*[actor.cfm_loss(*piece) for piece in pieces])
-            return torch.cat(losses), torch.cat(velocities)
+            return torch.cat([actor.cfm_loss(*piece) for piece in pieces])
 
         if not saved:  # the untouched base first, before any update
             play("base", args.eval_episodes)
@@ -189,7 +188,7 @@ if __name__ == "__main__":
             recent.extend(success for _, _, success, _, _ in episodes)
             if not args.fresh_latents:  # line 10, with the draws of Eq. 2, which the window keeps
                 u, eps = draw_flow_noise(T * E, NUM_DRAWS, D, generator, device)
-                cfm_init, _ = loss_of_old(batch["x"].flatten(0, 1), batch["s"].flatten(0, 1), u, eps)
+                cfm_init = loss_of_old(batch["x"].flatten(0, 1), batch["s"].flatten(0, 1), u, eps)
                 batch |= dict(u=u.view(T, E, -1), eps=eps.view(T, E, -1, D), cfm_init=cfm_init.view(T, E))
             buffer.push(batch)  # line 11, without a_t, which no equation reads
             rollout_seconds, clock = time.perf_counter() - clock, time.perf_counter()
@@ -220,7 +219,7 @@ if __name__ == "__main__":
                 x_a = actor.sample(s_a, FLOW_STEPS, generator)
                 adv = latent_advantage(critic, w["s"][i], x_a.view(len(i), -1, D)).flatten()
                 u, eps = draw_flow_noise(len(x_a), NUM_DRAWS, D, generator, device)
-                cfm_init, v_old = loss_of_old(x_a, s_a, u, eps)  # line 10, for these
+                cfm_init = loss_of_old(x_a, s_a, u, eps)  # line 10, for these
             else:  # the paper's: executed latents (n, …), valued by GAE along the T decisions, (T, W E)
                 s_a, x_a, u, eps, cfm_init = w["s"], w["x"], w["u"], w["eps"], w["cfm_init"]
                 both = torch.cat([w["s"], w["s_next"]]).repeat_interleave(VALUE_LATENTS, 0)
@@ -236,7 +235,6 @@ if __name__ == "__main__":
                 value_next[:-1] = torch.where(ends[2][:-1] > 0, value_next[:-1], value[1:])
                 adv = buffer.samples(gae(r, value, value_next, *ends, GAE_LAMBDA))
                 adv = (adv - adv.mean()) / (adv.std(correction=0) + 1e-4)
-                v_old = loss_of_old(x_a, s_a, u, eps)[1]  # of this iteration; cfm_init is the collector's
             if args.shuffle_advantages:
                 adv = adv[torch.randperm(len(adv), generator=generator, device=device)]
             adv = adv.clamp_min(-1)  # no latent is pushed away harder (not in the paper)
@@ -247,16 +245,16 @@ if __name__ == "__main__":
             order = torch.randperm(len(adv), generator=generator, device=device)
             minibatches = order.tensor_split(max(1, len(order) // MINIBATCH))  # the remainder is dealt out
             for i in minibatches if iteration > args.critic_warmup else ():  # the critics alone at first
-                cfm, v = actor.cfm_loss(x_a[i], s_a[i], u[i], eps[i])  # line 23: ℓ_cfm(x | s; θ), (b,)
+                cfm = actor.cfm_loss(x_a[i], s_a[i], u[i], eps[i])  # line 23: ℓ_cfm(x | s; θ), (b,)
                 # lines 23-25 and 27, Eq. 2-4
                 loss, info = fpo_loss(cfm, cfm_init[i], adv[i], args.beta, args.clip_eps, sigma_floor)
-                move = (v - v_old[i]).square().mean()  # how far the actor goes: Eq. 3 divides that by σ
-                loss = loss + args.proximal * info.pop("slope") * move
+                # in units of an advantage; without it the field drifts from what the actor samples
+                loss = loss + args.self_fit * info.pop("slope") * cfm.mean()
                 actor_adam.zero_grad()
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(actor.parameters(), 1.0)  # the paper names no limit
                 actor_adam.step()
-                infos.append(dict(info, move=move.detach()))
+                infos.append(info)
             ranks.broadcast(actor, critic, target)  # all did the same update: rounding must not drift
             torch.set_num_threads(1)
             update_seconds = time.perf_counter() - clock

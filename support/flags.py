@@ -93,7 +93,7 @@ def check_args(args, suite):
         ("num_envs num_workers", lambda v: v is None or v > 0, "it must be at least 1, or be left out"),
         ("critic_warmup explore_steps seed", lambda v: v >= 0, "it must not be negative"),
         ("seed", lambda v: v < 2**63, "it must be below 2**63"),
-        ("proximal", lambda v: 0 <= v < math.inf, "it must be finite and not negative"),
+        ("self_fit", lambda v: 0 <= v < math.inf, "it must be finite and not negative"),
         ("actor_lr critic_lr beta", lambda v: 0 < v < math.inf, "it must be positive and finite"),
         ("clip_eps", lambda v: 0 < v < 1 or v == math.inf, "give ε between 0 and 1, or inf for no clip"),
         ("fresh_latents", lambda v: v == 0 or v > 1, "give 2 or more to compare, or 0 for the executed ones"),
@@ -103,7 +103,7 @@ def check_args(args, suite):
             if not possible(getattr(args, name)):
                 stop(f"--{name.replace('_', '-')} is {getattr(args, name)}; {fix}")
     if args.literal:
-        literal = dict(proximal=0.0, fresh_latents=0, clamp_target=False)
+        literal = dict(self_fit=0.0, fresh_latents=0, clamp_target=False)
         given = tyro.cli(type(args), default=replace(args, **literal))  # differs where the command line does
         for name, value in literal.items():
             setattr(args, name, value)

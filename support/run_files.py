@@ -29,7 +29,7 @@ from support.flags import RANK, say, stop
 METRICS = (
     "iteration charts/env_steps charts/success charts/return charts/episode_length charts/SPS "
     "charts/rollout_seconds charts/update_seconds eval/success losses/critic losses/surrogate "
-    "losses/clip_fraction losses/floor_share losses/cfm_loss losses/move critic/q_mean critic/q_spread "
+    "losses/clip_fraction losses/floor_share losses/cfm_loss critic/q_mean critic/q_spread "
     "latent/norm"
 ).split()
 EPISODES = "policy env_steps task episode success length diverged".split()

@@ -1,4 +1,4 @@
-"""Eq. 2-4: the gradient identity, the floor of σ, the proximal term, and that FPO alone learns a bandit."""
+"""Eq. 2-4: the gradient identity, σ's floor, the fit of own latents, and that FPO alone learns a bandit."""
 
 import math
 
@@ -16,10 +16,10 @@ def test_gradient_identity_d1(sigma_floor):
     actor = FlowActor(3, 4, hidden=16)
     s, x, adv = torch.randn(40, 3), torch.randn(40, 4), torch.randn(40)
     u, eps = draw_flow_noise(40, 4, 4)
-    cfm_init = actor.cfm_loss(x, s, u, eps)[0].detach()
+    cfm_init = actor.cfm_loss(x, s, u, eps).detach()
     for p in actor.parameters():
         p.data += 0.02 * torch.randn_like(p)
-    cfm, _ = actor.cfm_loss(x, s, u, eps)
+    cfm = actor.cfm_loss(x, s, u, eps)
     beta, clip_eps = 0.2, 0.1
     loss, info = fpo_loss(cfm, cfm_init, adv, beta, clip_eps, sigma_floor)
     left = torch.autograd.grad(loss, actor.parameters(), retain_graph=True)
@@ -43,8 +43,8 @@ def test_at_theta_old_the_difference_is_zero_and_the_gradient_finite():
     s, x = torch.randn(20, 3), torch.randn(20, 4)
     u, eps = draw_flow_noise(20, 8, 4)
     with torch.no_grad():
-        cfm_init, _ = actor.cfm_loss(x, s, u, eps)
-    cfm, _ = actor.cfm_loss(x, s, u, eps)
+        cfm_init = actor.cfm_loss(x, s, u, eps)
+    cfm = actor.cfm_loss(x, s, u, eps)
     assert torch.equal(cfm.detach(), cfm_init)
     loss, info = fpo_loss(cfm, cfm_init, torch.randn(20), 0.2, 0.2, 2 * 0.2 / 4)
     loss.backward()
@@ -82,11 +82,11 @@ def test_clipped_surrogate_by_hand():
     assert loss(torch.tensor([1.0, -1.0])) == pytest.approx(-(down - up) / 2, abs=1e-5)
 
 
-def test_the_proximal_term_makes_the_update_a_weighted_regression():
-    """Fitted without a clip, A with κ moves v to v_old + A/(2κ) of the way to the sample's own velocity,
-    where every draw has a network of its own. Here v itself is the parameter, and ρ is linear in Δ near
-    θ_old."""
-    v_old, own, adv, kappa = torch.randn(1, 4, 3), torch.randn(1, 4, 3), torch.tensor([0.5]), 2.0
+def test_with_the_own_latents_fitted_the_update_is_a_weighted_regression():
+    """Without a clip, (κ + A)-weighted: where the latents of one place share a velocity v, it moves to their
+    mean with the weights κ + A. Here v itself is the parameter, and ρ is linear in Δ near θ_old."""
+    v_old, own, kappa = torch.randn(1, 4, 3), torch.randn(5, 4, 3), 2.0
+    adv = torch.tensor([1.0, 0.5, 0.0, -0.5, -1.0])
     v = v_old.clone().requires_grad_()
 
     def cfm(v):
@@ -94,14 +94,15 @@ def test_the_proximal_term_makes_the_update_a_weighted_regression():
 
     optimizer = torch.optim.Adam([v], 0.01)
     for _ in range(2000):
-        loss, info = fpo_loss(
-            cfm(v), cfm(v_old), adv, 0.2, math.inf, 1e3
-        )  # a wide floor: the slope is β/σ everywhere
-        loss = loss / info["slope"] + kappa * (v - v_old).square().mean()
+        # a wide floor: the slope is β/σ everywhere
+        loss, info = fpo_loss(cfm(v), cfm(v_old), adv, 0.2, math.inf, 1e3)
+        loss = loss / info["slope"] + kappa * cfm(v).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    torch.testing.assert_close(v.detach(), v_old + adv / (adv + kappa) * (own - v_old), atol=2e-3, rtol=0)
+    weights = (kappa + adv)[:, None, None]
+    expected = (weights * own).sum(0, keepdim=True) / weights.sum()
+    torch.testing.assert_close(v.detach(), expected, atol=2e-3, rtol=0)
 
 
 def test_fpo_alone_moves_the_prior_to_the_rewarded_half_plane():
@@ -119,11 +120,11 @@ def test_fpo_alone_moves_the_prior_to_the_rewarded_half_plane():
             adv = ((adv - adv.mean()) / adv.std()).clamp_min(-1)
             u, eps = draw_flow_noise(256, 8, 2)
             with torch.no_grad():
-                cfm_init, v_old = actor.cfm_loss(x, s, u, eps)
+                cfm_init = actor.cfm_loss(x, s, u, eps)
             for _ in range(4):
-                cfm, v = actor.cfm_loss(x, s, u, eps)
+                cfm = actor.cfm_loss(x, s, u, eps)
                 loss, info = fpo_loss(cfm, cfm_init, adv, 0.2, 0.2, 0.2)
-                loss = loss + 0.3 * info["slope"] * (v - v_old).square().mean()
+                loss = loss + 0.5 * info["slope"] * cfm.mean()
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

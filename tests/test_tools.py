@@ -190,10 +190,10 @@ def test_log_density_of_the_untrained_actor_is_that_of_the_prior():
 
 @pytest.mark.slow
 def test_monotonicity_end_to_end(tmp_path):
-    flags = "--runs no_proximal --total-env-steps 50_000 --samples 8 --ode-steps 4 --out ."
+    flags = "--runs no_self_fit --total-env-steps 50_000 --samples 8 --ode-steps 4 --out ."
     result = tool("check_monotonicity", tmp_path, *flags.split())
     assert result.returncode == 0, result.stderr
-    assert rows(tmp_path / "no_proximal_seed1.csv")
+    assert rows(tmp_path / "no_self_fit_seed1.csv")
     assert "spearman" in result.stdout and (tmp_path / "seed1.png").stat().st_size > 10_000
 
 

@@ -319,7 +319,7 @@ def beside(finished):
         (["--total-env-steps", "-5"], ["--total-env-steps is -5"]),
         (["--beta", "0"], ["--beta is 0", "positive"]),
         (["--literal", "--clamp-target"], ["--clamp-target is True", "--literal sets it to False"]),
-        (["--literal", "--proximal", "0.5"], ["--proximal is 0.5", "--literal sets it to 0.0"]),
+        (["--literal", "--self-fit", "0.4"], ["--self-fit is 0.4", "--literal sets it to 0.0"]),
         (["--literal", "--fresh-latents", "8"], ["--fresh-latents is 8", "--literal sets it to 0"]),
         (["--fresh-latents", "0", "--actor-states", "7"], ["--actor-states", "--fresh-latents"]),
         (["--fresh-latents", "1"], ["--fresh-latents is 1", "2 or more"]),

@@ -90,11 +90,11 @@ def print_update(base, rollout, args):
         adv = latent_advantage(critic, states, x_a.view(len(states), -1, D)).flatten()
         u, eps = draw_flow_noise(len(x_a), fpo.NUM_DRAWS, D, device=device)
         with torch.no_grad():
-            cfm_init, v_old = actor.cfm_loss(x_a, s_a, u, eps)
+            cfm_init = actor.cfm_loss(x_a, s_a, u, eps)
         for i in torch.randperm(len(adv), device=device).split(fpo.MINIBATCH):
-            cfm, v = actor.cfm_loss(x_a[i], s_a[i], u[i], eps[i])
+            cfm = actor.cfm_loss(x_a[i], s_a[i], u[i], eps[i])
             loss, info = fpo_loss(cfm, cfm_init[i], adv[i], flags.beta, flags.clip_eps, 2 * flags.beta / D)
-            descend(actor_adam, loss + flags.proximal * info["slope"] * (v - v_old[i]).square().mean())
+            descend(actor_adam, loss + flags.self_fit * info["slope"] * cfm.mean())
 
     torch.set_num_threads(min(CPUS, 4))
     spent = seconds(update, args.repeat)

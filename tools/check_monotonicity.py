@@ -1,6 +1,6 @@
 """Does a fall of the flow-matching loss order like a rise of the actor's density, as Sec. III-B assumes?
 
-    python tools/check_monotonicity.py    # two runs, with and without the proximal term; half an hour or more
+    python tools/check_monotonicity.py    # two runs, with and without --self-fit; half an hour or more
 
 The latent space is small, so log π_θ(x | s) can be computed: x is carried back to the noise along the actor's
 own flow, and log π_θ(x | s) = log N(x(0); 0, I) - ∫ ∇·v_θ du (Chen et al. 2018), with the exact divergence.
@@ -27,14 +27,14 @@ from plots import save
 from support.flags import parse_args, stop
 from support.run_files import load_checkpoint, make_out_folder
 
-RUNS = dict(defaults="", no_proximal="--proximal 0", literal="--literal")
+RUNS = dict(defaults="", no_self_fit="--self-fit 0", literal="--literal")
 LATENTS = 160  # of an iteration of train_aloha.py: 32 environments, 5 decisions each
 COLUMNS = "env_steps spearman spearman_many_draws slope cfm_loss".split()
 
 
 @dataclass
 class Args:
-    runs: tuple[str, ...] = ("defaults", "no_proximal")  # which of: defaults, no_proximal, literal
+    runs: tuple[str, ...] = ("defaults", "no_self_fit")  # which of: defaults, no_self_fit, literal
     seed: int = 1  # seed of the runs
     total_env_steps: int = 400_000  # control steps of each
     samples: int = 128  # latents an iteration, of the 160 that it has
@@ -76,8 +76,8 @@ def compare_update(before, after, samples, ode_steps, generator):
     deltas = []  # Eq. 2
     for draws in (2, 256):
         noise = draw_flow_noise(len(x), draws, x.shape[1], generator)
-        cfm = new.cfm_loss(x, s, *noise)[0]
-        deltas.append(old.cfm_loss(x, s, *noise)[0] - cfm)
+        cfm = new.cfm_loss(x, s, *noise)
+        deltas.append(old.cfm_loss(x, s, *noise) - cfm)
     ranks = [spearmanr(delta, log_ratio).statistic for delta in deltas]
     slope = np.polyfit(deltas[1] * x.shape[1] / 2, log_ratio, 1)[0]
     return [after["env_steps"], *ranks, slope, cfm.mean().item()]

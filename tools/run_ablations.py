@@ -24,7 +24,7 @@ ALOHA = "--total-env-steps 800000 --eval-every 200000 --eval-episodes 100"
 SHORT = "--total-env-steps 400000 --eval-every 100000 --eval-episodes 100"
 BUTTER = "--total-env-steps 250000 --eval-every 62500"
 TABLE_2 = dict(complete="", no_clip="--clip-eps inf", k1="--explore-steps 1", single_critic="--num-critics 1")
-EXTRAS = dict(complete="", literal="--literal", gae="--fresh-latents 0", no_proximal="--proximal 0")
+EXTRAS = dict(complete="", literal="--literal", gae="--fresh-latents 0", no_self_fit="--self-fit 0")
 EXTRAS |= dict(one_iteration="--window 1", k4="--explore-steps 4", shuffled="--shuffle-advantages")
 # row: its seeds, and its command without --seed and --run-name
 ROWS = {f"aloha_{row}": (5, f"train_aloha.py {ALOHA} {flags}") for row, flags in TABLE_2.items()}

@@ -104,7 +104,7 @@ if __name__ == "__main__":
             for _ in range(args.updates if good else 0):
                 i = torch.randint(len(good), (args.minibatch_size,), generator=generator, device=device)
                 u, eps = draw_flow_noise(len(i), args.num_draws, base.latent_dim, generator, device)
-                loss = actor.cfm_loss(x_good[i], s_good[i], u, eps)[0].mean()
+                loss = actor.cfm_loss(x_good[i], s_good[i], u, eps).mean()
                 optimizer.zero_grad()
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(actor.parameters(), 1.0)
