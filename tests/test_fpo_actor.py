@@ -52,9 +52,9 @@ def test_sampling_converges_to_the_ode_of_the_velocity_field():
     exact = solve_ivp(field, (0, 1), noise[0].numpy(), rtol=1e-8, atol=1e-8).y[:, -1]
     errors = [
         np.abs(actor.sample(s, k, torch.Generator().manual_seed(1))[0].numpy() - exact).max()
-        for k in (8, 32, 128)
+        for k in (16, 64, 512)
     ]
-    assert errors[1] < errors[0] / 8 and errors[2] < errors[1] / 8  # second order: 16 times less each
+    assert errors[1] < errors[0] / 8 and errors[2] < 1e-4  # second order: 16 times less
 
 
 @pytest.mark.parametrize("std", [1.0, 0.7, 0.4])
@@ -72,7 +72,7 @@ def test_four_steps_keep_mean_and_spread_of_a_gaussian(std):
     noise = torch.randn(5000, 2)
     x = actor.sample(torch.zeros(5000, 1), 4, noise=noise)
     a, b = np.polyfit(noise[:, 0].numpy(), x[:, 0].numpy(), 1)
-    assert b == pytest.approx(1.5, rel=0.03) and a == pytest.approx(std, rel=0.05)
+    assert b == pytest.approx(1.5, rel=0.03 if std < 1 else 1e-4) and a == pytest.approx(std, rel=0.05)
 
 
 def test_initial_cfm_loss_is_the_optimum_pi_half():
