@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -161,6 +162,24 @@ def test_every_decision_asks_for_all_episodes(workers):
 
     play_episodes(workers, [0, 0], [0.0, 0.5], act, limit=100)
     np.testing.assert_array_equal(seen, [[0, 0.5], [0.5, 1]])  # the second has ended
+
+
+def test_an_evaluation_episode_has_its_own_noise_whatever_is_played_beside_it(workers):
+    import torch  # not above: every worker imports this file
+
+    from evaluate import evaluate
+
+    def decode(context, x, free):
+        return 0.01 * torch.stack([x[:, :1], free], 1)  # (n, 2, 1)
+
+    sizes = dict(latent_dim=2, free_dim=1, chunk_steps=2, device=torch.device("cpu"))
+    base = SimpleNamespace(encode=lambda observations: (observations, None), decode=decode, **sizes)
+    alone, among = (
+        evaluate("base", lambda s, noise: noise, base, workers, [0], starts, limit=6)
+        for starts in ([0.5], [0.5, 0.0, 0.25])
+    )
+    np.testing.assert_array_equal(alone["drawn"][0], among["drawn"][0])
+    assert len(alone["drawn"][0]) == 3 and (among["drawn"][1] != among["drawn"][0]).all()
 
 
 def test_the_rollout_by_hand(workers):
