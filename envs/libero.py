@@ -13,7 +13,7 @@ code and data. An environment *is* its state vector: `Simulator.run(state, actio
             print(chunks[0].success, chunks[0].observation)
 
 Action (7), each in -1 ... 1, at 20 Hz: end-effector position change (1 is 5 cm), rotation vector (1 is 0.5
-rad), gripper (negative opens, positive closes). Observation (45, and 10 for the task): `Simulator.observe`.
+rad), gripper (negative opens, positive closes). Observation (49, and 10 for the task): `Simulator.observe`.
 """
 
 import contextlib
@@ -68,7 +68,7 @@ macros.FILE_LOGGING_LEVEL, macros.CONSOLE_LOGGING_LEVEL = None, "ERROR"
 # Step limits that papers on vision-language-action models use (openpi, OpenVLA-OFT).
 STEP_LIMIT = dict(libero_spatial=220, libero_object=280, libero_goal=300, libero_10=520, libero_90=400)
 TASKS = dict(libero_spatial=10, libero_object=10, libero_goal=10, libero_10=10, libero_90=90)
-OBSERVATION_DIM = {name: 45 + (n if name != "libero_90" else 0) for name, n in TASKS.items()}
+OBSERVATION_DIM = {name: 49 + (n if name != "libero_90" else 0) for name, n in TASKS.items()}
 SETTLING = [[0, 0, 0, 0, 0, 0, -1]] * 10  # actions after every reset, counted nowhere: objects settle
 OFFICIAL_STATES = 50  # initial states a task that come with LIBERO, for evaluation only
 ARM_NOISE = 0.02  # rad, standard deviation of the arm's start: robosuite's, and of the official states
@@ -77,6 +77,8 @@ FPS = 20  # control steps a second
 ACTION_DIM = 7
 CAMERAS = dict(image="agentview", image2="robot0_eye_in_hand")  # lerobot's names: LIBERO's
 ARM, FINGERS = slice(0, 7), slice(7, 9)  # in qpos, qvel and ctrl
+# Where a knob is gripped and a door pushed, metres in the frame of the part that turns. A knob has no lever
+LEVER = dict(flat_stove=(0.0, 0.0, 0.032), microwave=(0.21, 0.0, 0.03))
 LOOKS = mujoco.MjvOption()  # of pictures: neither collision shapes nor sites
 LOOKS.geomgroup[0] = LOOKS.sitegroup[:] = 0
 
@@ -199,6 +201,7 @@ class Simulator:
         self.substeps = round(env.control_timestep / env.model_timestep)
         self.physics_dim = len(get_state(model, data))
         self.renderers = {}
+        self.handled = [self.joint(goal[-1]) for goal in self.goals]
 
         bodies = [env.obj_body_id.get(name, 0) for name in env.fixtures_dict]
         self.fixtures = np.array([body for body in bodies if body > 0], dtype=int)
@@ -371,14 +374,37 @@ class Simulator:
             return self.data.site(name).xpos
         return self.data.xpos[self.env.obj_body_id[name]]
 
+    def joint(self, name):
+        """The joint that moves a fixture or, a drawer, one of its regions; None if it is fixed. -> its id,
+        the side of its range on which it is open (±1), and where the hand takes the part that moves, in that
+        part's frame (3,). A drawer's handle is what is farthest out."""
+        model, fixture = self.model, self.env.fixtures_dict.get(name)
+        thing = self.env.object_sites_dict.get(name) or fixture
+        if thing is None or not thing.joints:
+            return None
+        joint = model.joint(thing.joints[0]).id
+        low, high = model.jnt_range[joint]
+        side = 1 if high > -low else -1
+        if fixture is not None:
+            return joint, side, np.array(LEVER[fixture.category_name])
+        geoms = np.flatnonzero((model.geom_bodyid == model.jnt_bodyid[joint]) & (model.geom_contype > 0))
+        outermost = np.argmax(model.geom_pos[geoms] @ model.jnt_axis[joint] * side)
+        return joint, side, model.geom_pos[geoms[outermost]].copy()
+
+    def handle(self, joint, side, point):
+        """Where the hand takes what a joint moves. -> (3,)"""
+        body = self.model.jnt_bodyid[joint]
+        return self.data.xpos[body] + self.data.xmat[body].reshape(3, 3) @ point
+
     def observe(self):
-        """What the policy sees (45 or 55,). Lengths in metres, heights above the table.
+        """What the policy sees (49 or 59,). Lengths in metres, heights above the table.
 
         End effector: position 3, first two columns of its rotation 6, finger joints 2, gripper command 1, arm
         joints 7. The current sub-goal's object: position relative to the end effector 3, rotation 6, height
         1; its goal relative to the object 3 and to the end effector 3. The three other objects nearest to the
-        end effector, relative to it: 9. Number of the sub-goal 1. Then the task's one-hot (10), but for
-        libero_90, whose bases know one task.
+        end effector, relative to it: 9. The sub-goal's joint, if it has one: its value (m or rad) 1, and the
+        handle, knob or door relative to the end effector 3. Number of the sub-goal 1. Then the task's one-hot
+        (10), but for libero_90, whose bases know one task.
         """
         data, hand, rotation, k = self.data, self.hand, self.hand_rotation, self.subgoal()
         _, name, *place = self.goals[k]
@@ -390,7 +416,10 @@ class Simulator:
         robot = [*hand_pose, data.qpos[FINGERS], self.gripper[1], data.qpos[ARM]]
         held = [thing - hand, data.xmat[body].reshape(3, 3)[:, :2].T.ravel(), thing[2] - self.height]
         goal = [destination - thing, destination - hand]
-        return np.hstack([*robot, *held, *goal, others, np.zeros(9 - len(others)), k, self.one_hot])
+        others, part, moved = np.r_[others, np.zeros(9 - len(others))], self.handled[k], np.zeros(4)
+        if part:
+            moved = [data.qpos[self.model.jnt_qposadr[part[0]]], *self.handle(*part) - hand]
+        return np.hstack([*robot, *held, *goal, others, moved, k, self.one_hot])
 
     def look(self, state, sizes):
         """What a vision-language-action model sees in a state: the dict that lerobot's LiberoEnv returns, a

@@ -60,32 +60,20 @@ def test_cloning_makes_a_base_that_loads(demonstrations):
 
 
 @pytest.mark.slow
-def test_libero_demonstrations(tmp_path):
-    """Deep grasps put the butter into the tray, short ones do not; pushed chunks are marked."""
-    flags = "--task-ids 56 --num-demos 6 --out demos.npz --video demos.mp4"
+def test_each_reach_works_for_a_part_of_the_starts_and_its_clone(tmp_path):
+    """Short and far reaches are shown from every start; hardly ever both fail, and neither always works."""
+    flags = "--task-ids 56 --num-demos 24 --push 0 --out demos.npz --video demos.mp4"
     result = tool("demo_libero", tmp_path, *flags.split())
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "demos.mp4").stat().st_size > 10_000
     with np.load(tmp_path / "demos.npz", allow_pickle=False) as file:
-        names = "deep", "success", "length", "pushed", "actions"
-        deep, success, length, pushed, actions = (file[name] for name in names)
-    assert length.sum() == len(actions) == len(pushed) and 0 < pushed.mean() < 0.5
-    assert set(deep) == {True, False} and success[deep].all() and not success[~deep].any()
-
-
-@pytest.mark.slow
-def test_each_spot_works_for_its_half_of_the_placements_and_its_clone(tmp_path):
-    """Near and far grasps are shown at every placement; which one succeeds is the butter's x."""
-    flags = "--task-ids 56 --num-demos 24 --spots 0.045 0.050 --out demos.npz"
-    result = tool("demo_libero", tmp_path, *flags.split())
-    assert result.returncode == 0, result.stderr
-    with np.load(tmp_path / "demos.npz", allow_pickle=False) as file:
-        names = "spot", "success", "length", "observations"
-        spot, success, length, observations = (file[name] for name in names)
-    x = observations[np.cumsum(length) - length, 19]  # of the butter, metres; between 0.077 and 0.144
-    assert np.allclose(x[::2], x[1::2], atol=1e-3) and (spot[::2] != spot[1::2]).all()
-    suits, clear = (x > 0.108) == spot, abs(x - 0.108) > 0.012
-    assert success[suits & clear].mean() > 0.7 and success[~suits & clear].mean() < 0.25
+        names = "behaviour", "success", "length", "pushed", "actions", "observations"
+        behaviour, success, length, pushed, actions, seen = (file[name] for name in names)
+    assert length.sum() == len(actions) == len(pushed) and not pushed.any()
+    assert set(behaviour) == {0, 1} and (behaviour[::2] != behaviour[1::2]).all()
+    first = np.cumsum(length) - length
+    assert (seen[first[::2]] == seen[first[1::2]]).all()
+    assert (success[::2] | success[1::2]).mean() > 0.7 and (success[::2] & success[1::2]).mean() < 0.4
     flags = "--task libero_90_task56 --demos demos.npz --out base.safetensors --steps 30 --batch 64"
     result = tool("clone_base", tmp_path, *flags.split(), "--eval-episodes", 1)
     assert result.returncode == 0, result.stderr
@@ -333,8 +321,6 @@ BAD = {  # command: what its sentence says
     "demo_aloha --out junk.npz": ["--out junk.npz exists", "--overwrite"],
     "demo_libero --suite libero_goal --task-ids 12": ["--task-ids has 12", "0 to 9"],
     "demo_libero --push 2": ["--push is 2"],
-    "demo_libero --spots 0.04 2": ["--spots is 0.04 2"],
-    "demo_libero --share-limits 0.8 0.2": ["--share-limits is 0.8 0.2"],
     "demo_libero --table-states 51": ["--table-states is 51"],
     "demo_libero --table --out junk.npz": ["--out junk.npz exists", "--overwrite"],
     "clone_base --steps -3": ["--steps is -3"],

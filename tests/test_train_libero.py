@@ -22,7 +22,7 @@ def finished(tmp_path_factory):
     """Two iterations on three tasks of a suite, of which the base was cloned on two; too short for an episode
     to succeed, so that the counts of steps are known."""
     cwd = tmp_path_factory.mktemp("finished")
-    sizes = dict(state_dim=55, action_dim=7, latent_dim=6, chunk_steps=16, knots=9, flow_steps=4, hidden=32)
+    sizes = dict(state_dim=59, action_dim=7, latent_dim=6, chunk_steps=16, knots=9, flow_steps=4, hidden=32)
     header = dict(sizes, blocks=1, task="libero_spatial", task_ids=[0, 1])
     FlowBase(header).save(cwd / "base.safetensors")
     result = script(TRAIN, cwd, *SMALL, *SUITE, *RUN, "--run-name", "whole")

@@ -89,12 +89,12 @@ def load_demos(path, task):
         else:
             length, pushed = arrays["length"], arrays["pushed"]
             task_ids = np.unique(arrays["task_id"]).tolist()
-            behaviour = arrays.get("spot", np.full(len(length), -1))
+            behaviour = arrays["behaviour"]
         behaviours, ends = np.full(len(pushed), -1), np.cumsum(length)
         behaviours[(ends - length)[:, None] + np.arange(UNDECIDED)] = behaviour[:, None]
     except Exception as error:  # zipfile, zlib, numpy and json each raise their own
         stop(f"--demos {path} is no file of demonstrations ({error}); remove it, and it is made anew")
-    S, A = dict(aloha=(21, 14), libero_90_task56=(45, 7)).get(task, (55, 7))
+    S, A = dict(aloha=(21, 14), libero_90_task56=(49, 7)).get(task, (59, 7))
     if (observations.shape, actions.shape) != ((ends[-1], S), (ends[-1], A)):
         shapes = f"{observations.shape} and {actions.shape}"
         stop(f"--demos {path} has arrays of shapes {shapes}; remove it, and it is made anew")
@@ -192,11 +192,9 @@ def make_demos(args):
         return demo_aloha.run(demo_aloha.Args(out=args.demos, workers=args.workers))
     import demo_libero
 
+    own = dict(suite=args.task, num_demos=120)
     if args.task == "libero_90_task56":
-        own = dict(task_ids="56", spots=(0.045, 0.050))
-    else:
-        task_ids = ",".join(map(str, demo_libero.COVERED[args.task]))
-        own = dict(suite=args.task, task_ids=task_ids, num_demos=120)
+        own = dict(task_ids="56")
     demo_libero.run(demo_libero.Args(out=args.demos, workers=args.workers, **own))
 
 
@@ -225,10 +223,10 @@ if __name__ == "__main__":
         make_demos(args)
     demos, name = load_demos(args.demos, args.task), args.task.split("_task")[0]
     if demos.task_ids is not None and not own_demos:
-        from demo_libero import COVERED
+        from demo_libero import AIMS
 
-        if demos.task_ids != COVERED[name]:
-            have = f"{args.demos} has the tasks {demos.task_ids}, and this base is cloned on {COVERED[name]}"
+        if demos.task_ids != (needed := list(AIMS[name])):
+            have = f"{args.demos} has the tasks {demos.task_ids}, and this base is cloned on {needed}"
             stop(f"--demos: {have}; remove it, and it is made anew, or name it with --demos to clone from it")
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.workers)  # the demonstrators ask for one thread, for their own processes

@@ -3,13 +3,13 @@
 It works from the goals in the task's BDDL file, with one short motion for each kind: it grasps an object from
 above, carries it and lets go, in a drawer that it opens first or, from the front, in a microwave; it drags a
 plate by its rim, pulls a drawer open by its handle or pushes it shut, swings a door shut and turns a knob. It
-knows all poses and shapes. Two distinct behaviours are mixed: a *deep* grasp, which works, and a *short* one,
-which stops before and above the object, closes on nothing and carries nothing to the goal. With --spots both
-are deep, and each works for one half of the placements: the hand comes low to a *near* spot or high to a
-*far* one, always the same distance from the robot, whether the object lies there or its end is just out of
-reach.
+knows all poses and shapes, but not where its own hand starts: its first reach goes as far as would be right
+from the usual start, and the arm's starts differ by some millimetres to two centimetres. Two distinct
+behaviours are shown from every start. One aims *short*, the hand pointing ahead, the other *far*, pointing
+back, each to the edge of where the grasp still holds: where the hand starts decides which of them works.
+Then it goes on as if it held the object.
 
-    python tools/demo_libero.py --task-ids 56 --spots 0.045 0.050      # demos/libero_90_task56.npz
+    python tools/demo_libero.py --task-ids 56                          # demos/libero_90_task56.npz
     python tools/demo_libero.py --suite libero_goal --task-ids 1,2     # demos/libero_goal_task1_2.npz
     python tools/demo_libero.py --table --out table.csv                # all 40 tasks, official states
 
@@ -27,13 +27,14 @@ import numpy as np
 
 from envs import libero, load_suite
 from envs.workers import Workers
-from support.flags import parse_args, stop
+from support.flags import parse_args
 from support.run_files import rate, write_table
 
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
-# What the shipped bases are cloned on, which is less than the demonstrator can do (--table): all forty
-COVERED = dict(libero_spatial=[0, 1, 2, 3, 5, 6, 7, 8, 9], libero_object=list(range(10)), libero_90=[56])
-COVERED |= dict(libero_goal=[1, 2, 4, 6, 8, 9], libero_10=[0, 1, 4, 5, 6, 7])
+# How much too short and too far the first reach of each task goes (m): to the edge of where the grasp holds
+AIMS = dict(
+    libero_object={0: (-0.031, 0.031)},
+)
 OPEN, CLOSED = -1.0, 1.0
 GAIN = 20.0  # of the position command: full speed (1) is 5 cm off
 # Grasped at the rim, so far from the centre (metres); everything else is grasped across its narrow side
@@ -42,26 +43,23 @@ RIM = dict(akita_black_bowl=0.050, white_bowl=0.055, glazed_rim_porcelain_rameki
 BELOW_TOP = dict(moka_pot=0.015, wine_bottle=0.05, black_book=0.03)  # grip height of some, m below the top
 FINE_GAIN = 60.0  # where an object is set down: the controller stops short of its goal by up to half the way
 REACH = 0.74  # metres from the robot's base, horizontally; farther the arm is nearly straight
-SHORT = np.array([-0.045, 0.0, 0.02])  # where the short grasp closes, from the upper end of the object
-HEIGHTS = 0.04, 0.18  # at which the hand comes to its near or far spot, metres over the grip
 # How far the hand leans back from pointing down (rad): at a drawer's handle, below a drawer, into something
 LEAN = dict(pull=1.3, push=0.7, below=0.5, inside=0.85)
-# Where a knob is gripped and a door pushed, metres in the frame of the part that turns. A knob has no lever
-LEVER = dict(flat_stove=(0.0, 0.0, 0.032), microwave=(0.21, 0.0, 0.03))
 # What is entered from the front: the way in, and the place from the middle of the region, in its frame
 INTO = dict(microwave=((0.0, 1.0, 0.0), (-0.055, -0.07, -0.061)))
 PLATE_RIM = 0.062  # m from the middle of a plate
+TILT = 0.25  # rad, by which a hand that reaches short points ahead, one that reaches far back
 APART = 0.052  # m from the middle of a place that two objects share
 
 
 class Demonstrator:
     """The script of one episode, a generator of actions: `next(demonstrator.actions)` looks and acts."""
 
-    def __init__(self, simulator, deep, spot=None):
-        """deep: whether the grasp of each goal in turn is deep (list of bool). spot: x where the hand grips,
-        whether or not the object lies there, and the height over it at which it comes (m); None: it looks."""
+    def __init__(self, simulator, aim=None):
+        """aim: how much too far it reaches first (m), without looking; None: it looks."""
         self.sim, self.env, self.data = simulator, simulator.env, simulator.data
-        self.deep, self.spot = deep, spot
+        self.aim, self.blind = aim, None  # blind: the direction (3,) in which it does not look
+        self.usual = simulator.remembered[4]  # where the hand starts but for the arm's noise
         self.robot = self.data.body("robot0_base").xpos
         self.turned = None  # rotation that the hand shall have
         self.actions = self._script()
@@ -100,6 +98,8 @@ class Demonstrator:
         if category in RIM:
             # a mug's handle is along its x
             across = rotation[:, 1] if "mug" in category else np.array([0.0, 1.0, 0.0])
+            if self.aim is not None and "mug" not in category:  # across the way
+                across = np.cross(centre - self.usual, [0, 0, 1])
             across = across * [1, 1, 0] / np.linalg.norm(across[:2])
             across = across if narrow is None else np.cross(narrow[0], [0, 0, 1])
             origin = self.data.xpos[self.env.obj_body_id[name]]
@@ -123,6 +123,8 @@ class Demonstrator:
         # nearly square: turn little
         if len(level) == 2 and abs(sides[0] - sides[1]) < 0.012 and max(sides) < 0.037:
             axis = max(level, key=lambda i: abs(rotation[:2, i] @ self.hand_rotation[:2, 0]))
+            if self.aim is not None:  # across the way
+                axis = min(level, key=lambda i: abs(rotation[:2, i] @ (centre - self.usual)[:2]))
         grip, across = centre.copy(), rotation[:, axis]
         if half[2] > 0.03:
             grip[2] = max(bottom + 0.010, min(centre[2] + 0.01, top - 0.005))
@@ -134,21 +136,10 @@ class Demonstrator:
             grip[:2], across = self.data.xpos[self.env.obj_body_id[name]][:2], rotation[:, 0]
         return grip, across, top
 
-    def _joint(self, name):
-        """The joint that moves a fixture or, a drawer, one of its regions (id); None if it is fixed."""
-        thing = self.env.object_sites_dict.get(name) or self.env.fixtures_dict.get(name)
-        return self.sim.model.joint(thing.joints[0]).id if thing is not None and thing.joints else None
-
-    def _out(self, joint):
+    def _out(self, part):
         """The direction in which a drawer opens. -> (3,)"""
-        low, high = self.sim.model.jnt_range[joint]
-        return self.data.xaxis[joint] * (1 if high > -low else -1)
-
-    def _handle(self, joint):
-        """The middle of a drawer's handle, the part that is farthest out. -> (3,)"""
-        model, out = self.sim.model, self._out(joint)
-        geoms = np.flatnonzero((model.geom_bodyid == model.jnt_bodyid[joint]) & (model.geom_contype > 0))
-        return self.data.geom_xpos[max(geoms, key=lambda geom: self.data.geom_xpos[geom] @ out)].copy()
+        joint, side, _ = part
+        return self.data.xaxis[joint] * side
 
     def _into(self, goal):
         """The way into what a goal's place is enclosed by, and the place from its middle; or None."""
@@ -163,8 +154,8 @@ class Demonstrator:
         states, thing = self.env.object_states_dict, self.data.xpos[self.env.obj_body_id[goal[1]]]
         for region in self.env.object_sites_dict:
             lies = region in states and states[region].check_contain(states[goal[1]])
-            if self._joint(region) is not None and (lies or region == goal[2]):
-                out, to = self._out(self._joint(region)), self.sim.point(region) - thing
+            if (part := self.sim.joint(region)) and (lies or region == goal[2]):
+                out, to = self._out(part), self.sim.point(region) - thing
                 if to[2] < 0.1:  # in the drawer, or in front of one that is as low
                     return out, 0.0, None
                 aside = np.cross(out, [0, 0, 1])
@@ -174,10 +165,10 @@ class Demonstrator:
 
     def _place(self, goal):
         """Where the object of a goal shall come. -> (3,)"""
-        place, joint, into = self.sim.point(goal[2]).copy(), self._joint(goal[2]), self._into(goal)
-        drawers = [region for region in self.env.object_sites_dict if self._joint(region) is not None]
-        if joint is not None and max(self.sim.point(drawer)[2] for drawer in drawers) > place[2] + 0.01:
-            place += 0.024 * self._out(joint)  # away from the handles of drawers above
+        place, part, into = self.sim.point(goal[2]).copy(), self.sim.joint(goal[2]), self._into(goal)
+        drawers = [region for region in self.env.object_sites_dict if self.sim.joint(region)]
+        if part and max(self.sim.point(drawer)[2] for drawer in drawers) > place[2] + 0.01:
+            place += 0.024 * self._out(part)  # away from the handles of drawers above
         if into is not None:
             place += into[1]
         sharing = [other for other in self.sim.goals if other[0] == "on" and other[-1] == goal[2]]
@@ -228,108 +219,133 @@ class Demonstrator:
         x = x * np.sign(x @ self.hand_rotation @ [np.cos(wrist), -np.sin(wrist), 0])
         self.turned = np.stack([x, np.cross(z, x), z], 1)
 
+    def _seen(self, target):
+        """A point but for what it does not look at: there the hand is right. -> (3,)"""
+        return target if self.blind is None else target + self.blind * (self.blind @ (self.hand - target))
+
+    def _come(self, target, gripper=OPEN, steps=70):
+        """The first reach. It does not look along the breadth of the fingers: there the hand goes as far as
+        is right, but for `aim`, from where it usually starts, together with the rest of the way."""
+        if self.aim is None:
+            yield from self._reach(target, gripper, steps)
+            return
+        self.blind = self.turned[:, 1] * [1, 1, 0] / np.linalg.norm(self.turned[:2, 1])
+        self.blind *= np.sign(self.blind @ [1, 0.3, 0])
+        angle = np.sign(self.aim) * np.sign(self.blind @ self.turned[:, 1]) * TILT
+        way = target - self.usual
+        far = self.blind @ way + self.aim
+        rest = way - self.blind * (self.blind @ way)
+        x, y, z = self.turned.T
+        z = np.cos(angle) * z - np.sin(angle) * y
+        self.turned = np.stack([x, np.cross(z, x), z], 1)
+        self.aim = None
+        for _ in range(steps):
+            left = self._seen(target) - self.hand
+            action = self._move(self.hand, gripper)
+            speed = GAIN * (left + self.blind * far * (left @ rest) / (rest @ rest))
+            action[:3] = speed / max(1, np.abs(speed).max())
+            yield action
+            if np.linalg.norm(left) < 0.008 and np.linalg.norm(self._to_turn()) < 0.06:
+                break
+
     def _reach(self, target, gripper, steps=60, near=0.01):
         """Go to a point with the hand turned as wanted; with near=0 stay there for all the steps."""
         for _ in range(steps):
-            yield self._move(target, gripper)
-            if np.linalg.norm(self.hand - target) < near and np.linalg.norm(self._to_turn()) < 0.1:
+            yield self._move(self._seen(target), gripper)
+            left = self._seen(target) - self.hand
+            if np.linalg.norm(left) < near and np.linalg.norm(self._to_turn()) < 0.1:
                 break
 
     def _script(self):
-        for goal, deep in sorted(zip(self.sim.goals, self.deep), key=lambda pair: pair[0][0] == "close"):
-            tries = 0
-            while not self.env._eval_predicate(goal) and tries < 8:
-                yield from self._achieve(goal, deep, tries)
+        for goal in sorted(self.sim.goals, key=lambda goal: goal[0] == "close"):
+            tries, looks = 0, self.aim is None
+            while not self.env._eval_predicate(goal) and tries < (8 if looks else 1):
+                yield from self._achieve(goal, tries)
                 tries += 1
-                if not deep or self.spot:
-                    break
-            if not deep:
-                break  # this demonstrator does not look back
+            if not looks and not self.env._eval_predicate(goal):
+                break  # it does not look back
         while True:
             yield self._move(self.hand, OPEN)
 
-    def _achieve(self, goal, deep, tries):
+    def _achieve(self, goal, tries):
         """One try at a goal."""
-        joint = self._joint(goal[-1])
-        if len(goal) == 3 and joint is not None and not self.env._eval_predicate(["open", goal[2]]):
-            yield from self._pull(goal[2], deep)
+        drawer = goal[2] if len(goal) == 3 and self.sim.joint(goal[2]) else None
+        if drawer and not self.env._eval_predicate(["open", drawer]):
+            looks = self.aim is None
+            yield from self._pull(drawer)
+            if not looks and not self.env._eval_predicate(["open", drawer]):
+                return
         if len(goal) == 3 and goal[1].startswith("plate"):
-            yield from self._drag(goal, deep)
+            yield from self._drag(goal)
         elif len(goal) == 3:
-            yield from self._fetch(goal, deep, tries)
+            yield from self._fetch(goal, tries)
         elif goal[0] == "open":
-            yield from self._pull(goal[1], deep)
+            yield from self._pull(goal[1])
         elif goal[0] == "turnon":
-            yield from self._twist(goal, deep)
+            yield from self._twist(goal)
         elif goal[1] in self.env.fixtures_dict:
-            yield from self._swing(goal, deep)
+            yield from self._swing(goal)
         else:
-            yield from self._push(goal, deep)
+            yield from self._push(goal)
 
-    def _pull(self, region, deep):
+    def _pull(self, region):
         """Open a drawer: close the hand over its handle and pull."""
-        joint = self._joint(region)
-        out, handle = self._out(joint), self._handle(joint)
+        part = self.sim.joint(region)
+        out, handle = self._out(part), self.sim.handle(*part)
         self._lean(-out, None, LEAN["pull"])
-        if not deep:
-            handle += 0.045 * out + [0, 0, 0.02]
-        yield from self._reach(handle - 0.10 * self.turned[:, 2], OPEN)
+        yield from self._come(handle - 0.10 * self.turned[:, 2])
         yield from self._reach(handle, OPEN, 30, 0.008)
         yield from self._reach(handle, CLOSED, 10, 0)
         opened = 0
         for _ in range(50):
-            yield self._move(self._handle(joint) + 0.06 * out if deep else self.hand + 0.05 * out, CLOSED)
+            yield self._move(self._seen(self.sim.handle(*part) + 0.06 * out), CLOSED)
             opened += self.env._eval_predicate(["open", region])
             if opened > 3:
                 break
-        rest = self.hand
+        self.blind, rest = None, self.hand
         yield from self._reach(rest, OPEN, 6, 0)
         yield from self._reach(rest - 0.08 * self.turned[:, 2], OPEN, 20, 0.02)
 
-    def _push(self, goal, deep):
+    def _push(self, goal):
         """Close a drawer: push its handle with closed fingers."""
-        joint = self._joint(goal[1])
-        out = self._out(joint)
+        part = self.sim.joint(goal[1])
+        out = self._out(part)
         self._lean(-out, np.cross(out, [0, 0, 1]), LEAN["push"])
-        over = np.array([0, 0, 0.0 if deep else 0.06])
-        front = self._handle(joint) + 0.05 * out + over
+        front = self.sim.handle(*part) + 0.05 * out
         yield from self._reach(front + [0, 0, 0.15], CLOSED)
         yield from self._reach(front, CLOSED, 30)
         for _ in range(60):
-            yield self._move(self._handle(joint) - 0.05 * out + over, CLOSED)
+            yield self._move(self.sim.handle(*part) - 0.05 * out, CLOSED)
             if self.env._eval_predicate(goal):
                 break
 
-    def _twist(self, goal, deep):
+    def _twist(self, goal):
         """Turn a knob: grip its bar and turn the hand with it."""
-        body = self.sim.model.jnt_bodyid[self._joint(goal[1])]
-        rotation = self.data.xmat[body].reshape(3, 3)
-        grip = self.data.xpos[body] + LEVER[self.env.fixtures_dict[goal[1]].category_name]
-        grip = grip if deep else grip + [0, 0, 0.05]
-        self._turn_to(rotation[:, 0])
-        yield from self._reach(grip + [0, 0, 0.10], OPEN)
+        part = self.sim.joint(goal[1])
+        grip = self.sim.handle(*part)
+        self._turn_to(self.data.xmat[self.sim.model.jnt_bodyid[part[0]]].reshape(3, 3)[:, 0])
+        yield from self._come(grip + [0, 0, 0.10])
         yield from self._reach(grip, OPEN, 30)
         yield from self._reach(grip, CLOSED, 10, 0)
         for _ in range(30):
             self._turn_to(self.hand_rotation @ [np.cos(0.5), np.sin(-0.5), 0])
-            yield self._move(grip, CLOSED)
+            yield self._move(self._seen(grip), CLOSED)
             if self.env._eval_predicate(goal):
                 break
-        yield from self._reach(grip, OPEN, 6)
-        yield from self._reach(grip + [0, 0, 0.10], OPEN, 15, 0.03)
+        self.blind, rest = None, self.hand
+        yield from self._reach(rest, OPEN, 6)
+        yield from self._reach(rest + [0, 0, 0.10], OPEN, 15, 0.03)
 
-    def _swing(self, goal, deep):
+    def _swing(self, goal):
         """Close a door: push it with closed fingers along its arc."""
-        joint, category = self._joint(goal[1]), self.env.fixtures_dict[goal[1]].category_name
-        body = self.sim.model.jnt_bodyid[joint]
-        over = np.array([0, 0, 0.0 if deep else 0.06])
+        part = self.sim.joint(goal[1])
         self._turn_to(self.hand_rotation[:, 0])
 
         def contact(ahead):
             """A point so far (m) ahead of where the part is pushed."""
-            lever = self.data.xmat[body].reshape(3, 3) @ LEVER[category]
-            way = np.cross(self.data.xaxis[joint], lever)
-            return self.data.xpos[body] + lever + ahead * way / np.linalg.norm(way) + over
+            handle, body = self.sim.handle(*part), self.sim.model.jnt_bodyid[part[0]]
+            way = np.cross(self.data.xaxis[part[0]], handle - self.data.xpos[body])
+            return handle + ahead * way / np.linalg.norm(way)
 
         start = contact(-0.03)
         yield from self._reach(np.r_[self.hand[:2], max(self.hand[2], start[2] + 0.15)], CLOSED, 30, 0.03)
@@ -340,33 +356,30 @@ class Demonstrator:
             if self.env._eval_predicate(goal):
                 break
 
-    def _drag(self, goal, deep):
+    def _drag(self, goal):
         """Move a plate along the table: grip its rim where it is nearest to the place, and draw it there."""
         thing = self.data.xpos[self.env.obj_body_id[goal[1]]]  # a view
         way = (self._place(goal) - thing) * [1, 1, 0]
         way /= np.linalg.norm(way)
-        grip = thing + PLATE_RIM * way + [0, 0, 0.010 if deep else 0.05]
+        grip = thing + PLATE_RIM * way + [0, 0, 0.010]
         self._turn_to(way)
-        yield from self._reach(grip + [0, 0, 0.10], OPEN)
+        yield from self._come(grip + [0, 0, 0.10])
         yield from self._reach(grip, OPEN, 30, 0.006)
         yield from self._reach(grip, CLOSED, 10, 0)
         for _ in range(60):
             there = self._place(goal) + PLATE_RIM * way
-            yield self._move(np.r_[there[:2], grip[2]], CLOSED)
+            yield self._move(self._seen(np.r_[there[:2], grip[2]]), CLOSED)
             if self.env._eval_predicate(goal):
                 break
+        self.blind = None
         yield from self._reach(self.hand, OPEN, 8, 0)
         yield from self._reach(self.hand + [0, 0, 0.10], OPEN, 15, 0.03)
 
-    def _fetch(self, goal, deep, tries):
+    def _fetch(self, goal, tries):
         """Grasp the object of a goal, carry it and let go; return early where the object was lost."""
         name = goal[1]
         narrow, into = self._narrow(goal), self._into(goal)
         grip, across, top = self._grasp(name, narrow, tries)
-        if not deep:
-            grip = np.r_[grip[:2], top] + SHORT
-        if self.spot:
-            grip[0] = self.spot[0]
         self._turn_to(across)
         if narrow is not None:
             self._lean(narrow[0], across, narrow[1])
@@ -374,7 +387,7 @@ class Demonstrator:
         thing = self.data.xpos[self.env.obj_body_id[name]]  # a view: where the object is at any time
         start_height = thing[2]
 
-        above = np.r_[grip[:2], grip[2] + (self.spot[1] if self.spot else 0.10)]
+        above = grip + [0, 0, 0.10]
         lift = grip
         if narrow is not None and narrow[1] and into is None:
             above, lift = grip - 0.12 * self.turned[:, 2], grip - 0.08 * narrow[0]
@@ -383,7 +396,11 @@ class Demonstrator:
         over = self._over(name, grip)
         if into is not None:
             over = max(over, self._place(goal)[2] + 0.35)  # over a door
-        for _ in range(70):
+        looks = self.aim is None
+        if not looks:
+            above[2] = max(above[2], over)
+            yield from self._come(above)
+        for _ in range(70 * looks):
             far = np.linalg.norm((self.hand - grip)[:2]) > 0.05
             yield self._move(np.r_[above[:2], max(above[2], over)] if far else above, OPEN)
             if np.linalg.norm((self.hand - above)[:2]) < 0.008 and np.linalg.norm(self._to_turn()) < 0.06:
@@ -391,16 +408,17 @@ class Demonstrator:
         if narrow is not None:
             yield from self._reach(grip, OPEN, 40)
         for _ in range(25):
-            yield self._move(grip, OPEN)
+            yield self._move(self._seen(grip), OPEN)
             if abs(self.hand[2] - grip[2]) < 0.006:
                 break
         yield from self._reach(grip, CLOSED, 11, 0)
+        lift, held, self.blind = self._seen(lift), True, None
 
         place = self._place(goal)
         centre, half, *_ = self._box(name)
         carry = max(place[2] + 0.16, grip[2] + 0.06, start_height + (0.08 if narrow is None else 0.15))
         # of the hand over the object's bottom
-        carry_above = self.hand[2] - (centre[2] - half[2]) if deep else 0
+        carry_above = self.hand[2] - (centre[2] - half[2])
         carry += carry_above
         if into is not None:
             carry = place[2] + 0.04 + carry_above
@@ -408,8 +426,10 @@ class Demonstrator:
             carry = min(carry, grip[2] + 0.35)
         for _ in range(40):
             yield self._move(np.r_[lift[:2], carry], CLOSED)
-            if deep and thing[2] - start_height < 0.02 and self.hand[2] > grip[2] + 0.06:
-                return
+            if held and thing[2] - start_height < 0.02 and self.hand[2] > grip[2] + 0.06:
+                held = False
+                if looks:
+                    return
             if self.hand[2] > carry - 0.02:
                 break
 
@@ -417,29 +437,31 @@ class Demonstrator:
             yield from self._enter(thing, place, into[0])
             return
         low = min(carry, place[2] + 0.16 + carry_above)
-        level = np.array([1, 1, 0]) * deep  # the hand keeps so far from the object as it holds it
+        level = np.array([1, 1, 0])  # the hand keeps so far from the object as it holds it
         apart, ways = np.linalg.norm(self.hand - thing), []
         for _ in range(80):
             place = self._place(goal)
             away = np.linalg.norm((self.hand - grip)[:2]) > 0.15  # from what the object stood on
-            there = place + level * (self.hand - thing)
+            there = place + held * level * (self.hand - thing)
             yield self._move(np.r_[there[:2], low if away else carry], CLOSED, FINE_GAIN)
-            if deep and np.linalg.norm(self.hand - thing) > apart + 0.04:
-                return
-            ways.append(np.linalg.norm((self.hand - level * (self.hand - thing) - place)[:2]))
+            if held and np.linalg.norm(self.hand - thing) > apart + 0.04:
+                held = False
+                if looks:
+                    return
+            ways.append(np.linalg.norm((self.hand - held * level * (self.hand - thing) - place)[:2]))
             # there, or stretched out: lower down it reaches farther
             if ways[-1] < 0.012 or len(ways) > 30 and ways[-6] - ways[-1] < 0.002:
                 break
 
         surface = place[2] - (0.03 if goal[2] in self.env.object_sites_dict and goal[0] == "in" else 0)
         heights = []
-        for _ in range(50 if deep else 8):
-            there = place + level * (self.hand - thing)
+        for _ in range(50 if held else 8):
+            there = place + held * level * (self.hand - thing)
             yield self._move(np.r_[there[:2], self.hand[2] - 0.02], CLOSED, FINE_GAIN)
             heights.append(self.hand[2])
             centre, half, *_ = self._box(name)
             stuck = len(heights) > 8 and abs(heights[-6] - heights[-1]) < 0.004
-            if deep and (centre[2] - half[2] < surface + 0.025 or stuck):
+            if held and (centre[2] - half[2] < surface + 0.025 or stuck):
                 break
         yield from self._reach(self.hand, OPEN, 8, 0)
         for _ in range(12):
@@ -480,13 +502,13 @@ def pushes(rng, steps, amplitude):
     return noise
 
 
-def demonstrate(simulators, task, start, deep, spot, seed, limit, idle, push, record):
+def demonstrate(simulators, task, start, aim, seed, limit, idle, push, record):
     """One episode; it ends at success, at `limit`, or after `idle` steps in which the script had nothing to
-    do. deep, spot: see Demonstrator; push: amplitude. -> dict of observations (T, S), clean actions (T, 7),
+    do. aim: see Demonstrator; push: amplitude. -> dict of observations (T, S), clean actions (T, 7),
     success, pushed (T,) and frames (T, F) or None; None if the physics diverged."""
     simulator, rng = simulators[task], np.random.default_rng(seed)
     state, observation = simulator.reset(start)
-    demonstrator = Demonstrator(simulator, deep, spot)
+    demonstrator = Demonstrator(simulator, aim)
     noise = pushes(rng, limit, push)
     observations, actions, frames, waited = [], [], [], 0
     for t in range(limit):
@@ -513,22 +535,17 @@ class Args:
     task_ids: str = "all"  # tasks of the suite: numbers with commas, or all
     num_demos: int = 800  # number of demonstrations a task
     seed: int = 0  # of placements, behaviours and noise
-    deep_share: float = 0.5  # share of deep grasps, 0 … 1, where the object lies half-way
-    share_slope: float = 1.0  # so much larger where it lies farthest from the robot, smaller where nearest …
-    share_limits: tuple[float, float] = (0.15, 0.85)  # … within these limits
-    spots: tuple[float, float] = (0.0, 0.0)
-    """grip so far (m) before and behind the mean place of the object, not deep or short; 0 0: off"""
     push: float = 0.6  # largest amplitude of the pushes on executed commands; 1 is full speed
     workers: int = 2  # simulator processes
     out: Path | None = None  # demos/<suite>[_task<ids>].npz, or demonstrators.csv of results/
     overwrite: bool = False  # replace an existing file
-    table: bool = False  # instead: deep grasps alone, from the official initial states of all 40 tasks
+    table: bool = False  # instead: looking all the time, from the official initial states of all 40 tasks
     table_states: int = libero.OFFICIAL_STATES  # initial states a task of --table
     video: Path | None = None  # also write an mp4 with one episode of each behaviour (needs EGL)
 
 
 def table(args):
-    """Success of the deep grasp over the official initial states of the 40 tasks, into args.out."""
+    """Success over the official initial states of the 40 tasks of one that looks, into args.out."""
     from libero.libero.envs.bddl_utils import robosuite_parse_problem
 
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -537,7 +554,7 @@ def table(args):
         suite = load_suite(name)
         with Workers(suite.build, suite.tasks, args.workers, timeout=3600) as workers:
             for k, task in suite.names.items():
-                own = [[True] * 9] * n, [None] * n, [[2, args.seed, i] for i in range(n)]
+                own = [None] * n, [[2, args.seed, i] for i in range(n)]
                 same = [suite.limit] * n, [40] * n, [0.0] * n, [False] * n
                 results = workers.map(demonstrate, [k] * n, suite.starts[:n], *own, *same)
                 steps = [len(r["actions"]) for r in results if r and r["success"]]
@@ -551,52 +568,31 @@ def table(args):
     print(f"wrote {args.out}")
 
 
-def first_goals(simulators, task, start):
-    """x of the first goal's object at an episode's start, and the number of goals."""
-    simulator = simulators[task]
-    simulator.reset(start)
-    return simulator.point(simulator.goals[0][1])[0], len(simulator.goals)
-
-
 def make_demos(args, suite):
-    """Demonstrations of several tasks. -> dict of arrays, all steps one after the other: observations (N, S),
-    actions (N, 7), pushed (N,), and per episode: length, task_id, success, deep (and spot); and films of one
-    episode of each behaviour, [(task, frames (T, F))]."""
-    tasks, starts, seeds, deep, spots, kind = [], [], [], [], [], []
+    """Demonstrations of several tasks, every start with both behaviours. -> dict of arrays, all steps one
+    after the other: observations (N, S), actions (N, 7), pushed (N,), and per episode: length, task_id,
+    success, behaviour (0 short, 1 far); and films of the first two episodes, [(task, frames (T, F))]."""
+    tasks, starts, aims, seeds = [], [], [], []
     for k in suite.tasks:
         rng = np.random.default_rng([2, args.seed, k, 0])  # 2: demonstrations; 1 is training
         for i in range(args.num_demos):
-            if i % 2 == 0 or not any(args.spots):  # with spots every placement is shown twice
+            if i % 2 == 0:
                 start = suite.draw_start(rng)
             tasks.append(k)
             starts.append(start)
+            aims.append(AIMS[args.suite][k][i % 2])
             seeds.append([2, args.seed, k, i + 1])
+    n = len(tasks)
+    same = [suite.limit] * n, [20] * n, [args.push] * n, [args.video is not None and i < 2 for i in range(n)]
     with Workers(suite.build, suite.tasks, args.workers, timeout=3600) as workers:
-        places = workers.map(first_goals, tasks, starts)
-        rng = np.random.default_rng([2, args.seed, 0, 0, 0])
-        for mine in np.split(np.arange(len(tasks)), len(suite.tasks)):
-            x, goals = np.array([places[i][0] for i in mine]), places[mine[0]][1]
-            low, high = np.quantile(x, [0.02, 0.98])
-            half = max((high - low) / 2, 0.01)  # some tasks place their object within millimetres
-            nearness = ((x - (low + high) / 2) / half).clip(-1, 1)
-            share = (args.deep_share + args.share_slope * nearness).clip(*args.share_limits) ** (1 / goals)
-            both = list(zip(x.mean() + np.array([-1, 1]) * args.spots, HEIGHTS))
-            for i, p in zip(mine, share):
-                deep.append([True] * goals if any(args.spots) else list(rng.random(goals) < p))
-                spots.append(both[i % 2] if any(args.spots) else None)
-                kind.append(i % 2 if any(args.spots) else all(deep[-1]))
-        n, shown = len(tasks), (np.argmin(kind), np.argmax(kind)) if args.video else ()
-        same = [suite.limit] * n, [20] * n, [args.push] * n, [i in shown for i in range(n)]
-        jobs = tasks, starts, deep, spots, seeds, *same
+        jobs = tasks, starts, aims, seeds, *same
         results = workers.map(demonstrate, *jobs, description="demonstrations")
     kept = [i for i, result in enumerate(results) if result]
     columns = {name: [results[i][name] for i in kept] for name in results[kept[0]]}
     demos = {name: np.concatenate(columns[name]) for name in ("observations", "actions", "pushed")}
     demos.update(length=np.array([len(a) for a in columns["actions"]]), success=np.array(columns["success"]))
-    demos.update(task_id=np.array(tasks)[kept], deep=np.array([all(deep[i]) for i in kept]))
-    if any(args.spots):
-        demos["spot"] = np.array(kind)[kept]  # 0 near, 1 far
-    return demos, [(tasks[i], results[i]["frames"]) for i in kept if i in shown]
+    demos.update(task_id=np.array(tasks)[kept], behaviour=np.array(kept) % 2)
+    return demos, [(tasks[i], results[i]["frames"]) for i in kept[: 2 if args.video else 0]]
 
 
 def run(args):
@@ -604,11 +600,7 @@ def run(args):
     shared.check_limits(args, "num_demos workers", 1)
     shared.check_limits(args, "table_states", 1, libero.OFFICIAL_STATES)
     shared.check_limits(args, "seed", 0)
-    shared.check_limits(args, "deep_share push share_limits", 0, 1)
-    shared.check_limits(args, "share_slope", -10, 10)
-    shared.check_limits(args, "spots", 0, 0.2)
-    if args.share_limits[0] > args.share_limits[1]:
-        stop(f"--share-limits is {args.share_limits[0]} {args.share_limits[1]}; give the smaller one first")
+    shared.check_limits(args, "push", 0, 1)
     if args.out is None:
         name = args.suite if args.task_ids == "all" else f"{args.suite}_task{args.task_ids.replace(',', '_')}"
         args.out = Path("results/libero/demonstrators.csv" if args.table else f"demos/{name}.npz")
@@ -617,12 +609,11 @@ def run(args):
     if args.table:
         return table(args)
     demos, films = make_demos(args, suite)
-    spots = ("spot", "near spot", "far spot")
-    key, *kinds = spots if any(args.spots) else ("deep", "with a short grasp", "deep grasps")
     parts = {}
     for k in suite.tasks:
         own, good = demos["task_id"] == k, demos["success"]
-        parts |= {f"task {k}, {name}": good[own & (demos[key] == i)] for i, name in enumerate(kinds)}
+        for i, name in enumerate(("short", "far")):
+            parts[f"task {k}, {name}"] = good[own & (demos["behaviour"] == i)]
         parts[f"task {k}, all"] = good[own]
     shared.write_demos(args, "demo_libero", demos, parts)
     if args.video:
