@@ -5,9 +5,9 @@
     python tools/clone_base.py --task libero_goal --overwrite       # a suite, conditioned on the task
 
 Demonstrations are made first if their file is absent, as for the shipped weights: with the defaults of
-tools/demo_aloha.py or tools/demo_libero.py, and for a suite 120 of each of the tasks that the latter calls
-COVERED. At the end the base plays the evaluation episodes, with Gaussian latents and with all latents zero;
-the figures go into the weights' header.
+tools/demo_aloha.py or tools/demo_libero.py, and for a suite 120 of each of its tasks. At the end the base
+plays the evaluation episodes, with Gaussian latents and with all latents zero; the figures go into the
+weights' header.
 
 Training: w_1 = whitened principal components of a demonstrated chunk, w_0 ~ N(0, I), w_u = (1 - u) w_0 + u
 w_1, and v(w_u, u | s) regresses on w_1 - w_0 (flow matching, arXiv 2210.02747). Few components: the noise of
@@ -44,7 +44,7 @@ STATE_NOISE = 0.02  # Gaussian noise on the normalised state in training, standa
 @dataclass
 class Args:
     task: shared.Task = "aloha"  # the task, or the suite of tasks, to make a base for
-    demos: Path | None = None  # made first if absent; demos/<task>.npz, of the tasks COVERED, if left out
+    demos: Path | None = None  # made first if absent; demos/<task>.npz if left out
     out: Path | None = None  # where the weights go; weights/<task>.safetensors if left out
     overwrite: bool = False  # replace an existing --out
     seed: int = 0  # of initial weights and minibatches

@@ -33,7 +33,18 @@ from support.run_files import rate, write_table
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
 # How much too short and too far the first reach of each task goes (m): to the edge of where the grasp holds
 AIMS = dict(
-    libero_object={0: (-0.031, 0.031)},
+    libero_object={
+        0: (-0.024, 0.024),
+        1: (-0.048, 0.022),
+        2: (-0.030, 0.042),
+        3: (-0.022, 0.035),
+        4: (-0.012, 0.034),
+        5: (-0.024, 0.033),
+        6: (-0.042, 0.055),
+        7: (-0.009, 0.030),
+        8: (-0.043, 0.060),
+        9: (-0.042, 0.065),
+    },
 )
 OPEN, CLOSED = -1.0, 1.0
 GAIN = 20.0  # of the position command: full speed (1) is 5 cm off
