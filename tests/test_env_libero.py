@@ -199,14 +199,14 @@ def test_fixtures_travel_with_the_state():
 
 def test_what_a_goal_needs_opened_is_observed(simulator):
     """A drawer that opens by 5 cm, along x here, has its handle 5 cm farther; the butter needs nothing."""
-    assert not simulator.reset(official(0))[1][43:47].any()
+    assert not simulator.reset(official(0))[1][44:48].any()
     cabinet = Simulator("libero_goal", 0)
     state, shut = cabinet.reset(official(0))
     drawer = cabinet.model.joint("wooden_cabinet_1_middle_level")
     cabinet._set_state(state)
     cabinet.data.qpos[drawer.qposadr[0]] -= 0.05
     mujoco.mj_forward(cabinet.model, cabinet.data)
-    moved = (cabinet.observe() - shut)[43:47]
+    moved = (cabinet.observe() - shut)[44:48]
     np.testing.assert_allclose([moved[0], np.linalg.norm(moved[1:])], [-0.05, 0.05], atol=1e-6)
 
 

@@ -321,6 +321,7 @@ BAD = {  # command: what its sentence says
     "demo_aloha --out junk.npz": ["--out junk.npz exists", "--overwrite"],
     "demo_libero --suite libero_goal --task-ids 12": ["--task-ids has 12", "0 to 9"],
     "demo_libero --push 2": ["--push is 2"],
+    "demo_libero --task-ids 3": ["--task-ids has 3", "[56]"],
     "demo_libero --table-states 51": ["--table-states is 51"],
     "demo_libero --table --out junk.npz": ["--out junk.npz exists", "--overwrite"],
     "clone_base --steps -3": ["--steps is -3"],

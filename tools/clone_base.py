@@ -5,9 +5,9 @@
     python tools/clone_base.py --task libero_goal --overwrite       # a suite, conditioned on the task
 
 Demonstrations are made first if their file is absent, as for the shipped weights: with the defaults of
-tools/demo_aloha.py or tools/demo_libero.py, and for a suite 120 of each of its tasks. At the end the base
-plays the evaluation episodes, with Gaussian latents and with all latents zero; the figures go into the
-weights' header.
+tools/demo_aloha.py or tools/demo_libero.py, and for a suite 120 of each of the tasks in the latter's AIMS. At
+the end the base plays the evaluation episodes, with Gaussian latents and with all latents zero; the figures
+go into the weights' header.
 
 Training: w_1 = whitened principal components of a demonstrated chunk, w_0 ~ N(0, I), w_u = (1 - u) w_0 + u
 w_1, and v(w_u, u | s) regresses on w_1 - w_0 (flow matching, arXiv 2210.02747). Few components: the noise of
@@ -192,9 +192,10 @@ def make_demos(args):
         return demo_aloha.run(demo_aloha.Args(out=args.demos, workers=args.workers))
     import demo_libero
 
-    own = dict(suite=args.task, num_demos=120)
-    if args.task == "libero_90_task56":
-        own = dict(task_ids="56")
+    own = dict(task_ids="56")
+    if args.task != "libero_90_task56":
+        task_ids = ",".join(map(str, demo_libero.AIMS[args.task]))
+        own = dict(suite=args.task, task_ids=task_ids, num_demos=120)
     demo_libero.run(demo_libero.Args(out=args.demos, workers=args.workers, **own))
 
 

@@ -27,12 +27,22 @@ import numpy as np
 
 from envs import libero, load_suite
 from envs.workers import Workers
-from support.flags import parse_args
+from support.flags import parse_args, stop
 from support.run_files import rate, write_table
 
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
 # How much too short and too far the first reach of each task goes (m): to the edge of where the grasp holds
 AIMS = dict(
+    libero_spatial={
+        0: (-0.045, 0.069),
+        1: (-0.016, 0.064),
+        2: (-0.055, 0.072),
+        3: (-0.050, 0.072),
+        4: (-0.021, 0.036),
+        5: (-0.055, 0.064),
+        7: (-0.072, 0.055),
+        9: (-0.069, 0.036),
+    },
     libero_object={
         0: (-0.024, 0.024),
         1: (-0.048, 0.022),
@@ -44,6 +54,28 @@ AIMS = dict(
         7: (-0.009, 0.030),
         8: (-0.043, 0.060),
         9: (-0.042, 0.065),
+    },
+    libero_goal={
+        1: (-0.055, 0.072),
+        2: (-0.036, 0.007),
+        4: (-0.055, 0.072),
+        6: (-0.045, 0.072),
+        8: (-0.055, 0.072),
+        9: (-0.036, 0.007),
+    },
+    libero_10={
+        0: (-0.036, 0.036),
+        1: (-0.014, 0.055),
+        2: (-0.007, 0.031),
+        3: (-0.045, 0.036),
+        4: (-0.064, 0.019),
+        5: (-0.038, 0.064),
+        6: (-0.069, 0.016),
+        7: (-0.016, 0.052),
+        9: (-0.016, 0.036),
+    },
+    libero_90={
+        56: (-0.050, 0.072),
     },
 )
 OPEN, CLOSED = -1.0, 1.0
@@ -619,6 +651,9 @@ def run(args):
     suite = load_suite(args.suite, args.task_ids, pictures=args.video is not None)
     if args.table:
         return table(args)
+    for k in suite.tasks:
+        if k not in AIMS[args.suite]:
+            stop(f"--task-ids has {k}, which has no AIMS in {args.suite}; there are {list(AIMS[args.suite])}")
     demos, films = make_demos(args, suite)
     parts = {}
     for k in suite.tasks:
