@@ -10,9 +10,8 @@ N(0, I), which is the base as it was cloned. Nothing here is trained; `tools/clo
     x = torch.randn(len(s), base.latent_dim)             # or an actor's latent chunk
     actions = base.decode(context, x)                    # (B, 40, 14) joint targets, one per control step
 
-The latent has 24 dimensions (LIBERO: 16) and not the chunk's 126, because the noise of a policy gradient
-grows with the dimension. Flow matching: Lipman et al., arXiv 2210.02747. This file stands alone: torch
-and safetensors only.
+The latent has 24 dimensions and not the chunk's 126, because the noise of a policy gradient grows with the
+dimension. Flow matching: Lipman et al., arXiv 2210.02747. This file stands alone: torch and safetensors only.
 """
 
 import hashlib

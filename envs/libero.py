@@ -13,7 +13,7 @@ code and data. An environment *is* its state vector: `Simulator.run(state, actio
             print(chunks[0].success, chunks[0].observation)
 
 Action (7), each in -1 ... 1, at 20 Hz: end-effector position change (1 is 5 cm), rotation vector (1 is 0.5
-rad), gripper (negative opens, positive closes). Observation (49, and 10 for the task): `Simulator.observe`.
+rad), gripper (negative opens, positive closes). Observation (49, and a suite's tasks): `Simulator.observe`.
 """
 
 import contextlib
@@ -68,7 +68,7 @@ macros.FILE_LOGGING_LEVEL, macros.CONSOLE_LOGGING_LEVEL = None, "ERROR"
 # Step limits that papers on vision-language-action models use (openpi, OpenVLA-OFT).
 STEP_LIMIT = dict(libero_spatial=220, libero_object=280, libero_goal=300, libero_10=520, libero_90=400)
 TASKS = dict(libero_spatial=10, libero_object=10, libero_goal=10, libero_10=10, libero_90=90)
-OBSERVATION_DIM = {name: 49 + (n if name != "libero_90" else 0) for name, n in TASKS.items()}
+OBSERVATION_DIM = {name: 49 + n for name, n in TASKS.items()}
 SETTLING = [[0, 0, 0, 0, 0, 0, -1]] * 10  # actions after every reset, counted nowhere: objects settle
 OFFICIAL_STATES = 50  # initial states a task that come with LIBERO, for evaluation only
 ARM_NOISE = 0.02  # rad, standard deviation of the arm's start: robosuite's, and of the official states
@@ -191,7 +191,7 @@ class Simulator:
             stock.reset()
         self.env = env = stock.env
         self.task_id, self.instruction = task_id, description.get_task(task_id).language
-        self.one_hot = np.eye(TASKS[suite_name])[task_id] if suite_name != "libero_90" else np.zeros(0)
+        self.one_hot = np.eye(TASKS[suite_name])[task_id]
         self.official_states = description.get_task_init_states(task_id)
         self.goals = env.parsed_problem["goal_state"]
         self.height = env.workspace_offset[2]  # of the table's surface; observations count from there
@@ -397,14 +397,13 @@ class Simulator:
         return self.data.xpos[body] + self.data.xmat[body].reshape(3, 3) @ point
 
     def observe(self):
-        """What the policy sees (49 or 59,). Lengths in metres, heights above the table.
+        """What the policy sees (59,), of libero_90 (139,). Lengths in metres, heights above the table.
 
         End effector: position 3, first two columns of its rotation 6, finger joints 2, gripper command 1, arm
         joints 7. The current sub-goal's object: position relative to the end effector 3, rotation 6, height
         1; its goal relative to the object 3 and to the end effector 3. The three other objects nearest to the
         end effector, relative to it: 9. The sub-goal's joint, if it has one: its value (m or rad) 1, and the
-        handle, knob or door relative to the end effector 3. Number of the sub-goal 1. Then the task's one-hot
-        (10), but for libero_90, whose bases know one task.
+        handle, knob or door relative to the end effector 3. Number of the sub-goal 1. Then the task's one-hot.
         """
         data, hand, rotation, k = self.data, self.hand, self.hand_rotation, self.subgoal()
         _, name, *place = self.goals[k]

@@ -5,7 +5,7 @@
     python tools/clone_base.py --task libero_goal --overwrite       # a suite, conditioned on the task
 
 Demonstrations are made first if their file is absent, as for the shipped weights: with the defaults of
-tools/demo_aloha.py or tools/demo_libero.py, and for a suite 120 of each of the tasks in the latter's AIMS. At
+tools/demo_aloha.py or tools/demo_libero.py, and for a suite 100 of each of the tasks in the latter's AIMS. At
 the end the base plays the evaluation episodes, with Gaussian latents and with all latents zero; the figures
 go into the weights' header.
 
@@ -48,10 +48,10 @@ class Args:
     out: Path | None = None  # where the weights go; weights/<task>.safetensors if left out
     overwrite: bool = False  # replace an existing --out
     seed: int = 0  # of initial weights and minibatches
-    latent_dim: int | None = None  # principal components of a chunk; 24, for LIBERO 16 if left out
+    latent_dim: int = 24  # principal components of a chunk
     chunk_steps: int | None = None  # control steps a chunk; 40, for LIBERO 16 if left out, 0.8 s
-    knots: int = 9  # points of a chunk between which actions are interpolated
-    steps: int | None = None  # gradient steps; 10000, libero_90_task56 9000, a suite 15000 if left out
+    knots: int | None = None  # points between which actions are interpolated; 9, for LIBERO 5 if left out
+    steps: int | None = None  # gradient steps; 10000, libero_90_task56 9000, a suite 12000 if left out
     batch: int = 512  # chunks a gradient step
     ema: float = 0.995  # decay of the averaged weights, which are the ones kept
     eval_episodes: int | None = None  # a task, at the end, or 0; 200, 50, for a suite 20 if left out
@@ -94,7 +94,7 @@ def load_demos(path, task):
         behaviours[(ends - length)[:, None] + np.arange(UNDECIDED)] = behaviour[:, None]
     except Exception as error:  # zipfile, zlib, numpy and json each raise their own
         stop(f"--demos {path} is no file of demonstrations ({error}); remove it, and it is made anew")
-    S, A = dict(aloha=(21, 14), libero_90_task56=(49, 7)).get(task, (59, 7))
+    S, A = dict(aloha=(21, 14), libero_90_task56=(139, 7)).get(task, (59, 7))
     if (observations.shape, actions.shape) != ((ends[-1], S), (ends[-1], A)):
         shapes = f"{observations.shape} and {actions.shape}"
         stop(f"--demos {path} has arrays of shapes {shapes}; remove it, and it is made anew")
@@ -195,15 +195,15 @@ def make_demos(args):
     own = dict(task_ids="56")
     if args.task != "libero_90_task56":
         task_ids = ",".join(map(str, demo_libero.AIMS[args.task]))
-        own = dict(suite=args.task, task_ids=task_ids, num_demos=120)
+        own = dict(suite=args.task, task_ids=task_ids, num_demos=100)
     demo_libero.run(demo_libero.Args(out=args.demos, workers=args.workers, **own))
 
 
 def check(args):
     """Fill in what depends on the task. Stop with one sentence at a flag that cannot be."""
-    known = dict(aloha=(24, 40, 10000, 200), libero_90_task56=(16, 16, 9000, 50))
-    names = "latent_dim", "chunk_steps", "steps", "eval_episodes"
-    shared.fill_in(args, **dict(zip(names, known.get(args.task, (16, 16, 15000, 20)))))
+    known = dict(aloha=(9, 40, 10000, 200), libero_90_task56=(5, 16, 9000, 50))
+    names = "knots", "chunk_steps", "steps", "eval_episodes"
+    shared.fill_in(args, **dict(zip(names, known.get(args.task, (5, 16, 12000, 20)))))
     shared.fill_in(args, demos=Path(f"demos/{args.task}.npz"), out=Path(f"weights/{args.task}.safetensors"))
     shared.check_limits(args, "chunk_steps steps batch workers", 1)
     shared.check_limits(args, "seed", 0)

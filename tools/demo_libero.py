@@ -40,7 +40,9 @@ AIMS = dict(
         3: (-0.050, 0.072),
         4: (-0.021, 0.036),
         5: (-0.055, 0.064),
+        6: (-0.040, 0.020),
         7: (-0.072, 0.055),
+        8: (-0.050, 0.070),
         9: (-0.069, 0.036),
     },
     libero_object={
@@ -56,10 +58,14 @@ AIMS = dict(
         9: (-0.042, 0.065),
     },
     libero_goal={
+        0: (0.000, 0.100),
         1: (-0.055, 0.072),
         2: (-0.036, 0.007),
+        3: (0.020, 0.080),
         4: (-0.055, 0.072),
+        5: (0.000, 0.025),
         6: (-0.045, 0.072),
+        7: (-0.080, 0.055),
         8: (-0.055, 0.072),
         9: (-0.036, 0.007),
     },
@@ -72,6 +78,7 @@ AIMS = dict(
         5: (-0.038, 0.064),
         6: (-0.069, 0.016),
         7: (-0.016, 0.052),
+        8: (-0.050, 0.040),
         9: (-0.016, 0.036),
     },
     libero_90={
@@ -99,7 +106,8 @@ class Demonstrator:
     """The script of one episode, a generator of actions: `next(demonstrator.actions)` looks and acts."""
 
     def __init__(self, simulator, aim=None):
-        """aim: how much too far it reaches first (m), without looking; None: it looks."""
+        """aim: how much too far it reaches first (m), without looking, and how far the hand then points back
+        (rad); None: it looks."""
         self.sim, self.env, self.data = simulator, simulator.env, simulator.data
         self.aim, self.blind = aim, None  # blind: the direction (3,) in which it does not look
         self.usual = simulator.remembered[4]  # where the hand starts but for the arm's noise
@@ -152,7 +160,7 @@ class Demonstrator:
             side = 1 if room[0] >= room[1] else -1  # of the rim; the other one next time
             if np.linalg.norm((origin + side * RIM[category] * across - self.robot)[:2]) > REACH:
                 # stretched out, the arm does not get where it is told
-                side = 1 if (origin - self.robot) @ across < 0 else -1
+                side = 1 if (origin - self.robot)[1] * across[1] < 0 else -1
             side = -side if tries % 2 else side
             if narrow is not None and narrow[2] is not None:
                 side = np.sign(across @ narrow[2])
@@ -274,9 +282,10 @@ class Demonstrator:
             return
         self.blind = self.turned[:, 1] * [1, 1, 0] / np.linalg.norm(self.turned[:2, 1])
         self.blind *= np.sign(self.blind @ [1, 0.3, 0])
-        angle = np.sign(self.aim) * np.sign(self.blind @ self.turned[:, 1]) * TILT
+        aim, tilt = self.aim
+        angle = tilt * np.sign(self.blind @ self.turned[:, 1])
         way = target - self.usual
-        far = self.blind @ way + self.aim
+        far = self.blind @ way + aim
         rest = way - self.blind * (self.blind @ way)
         x, y, z = self.turned.T
         z = np.cos(angle) * z - np.sin(angle) * y
@@ -623,7 +632,7 @@ def make_demos(args, suite):
                 start = suite.draw_start(rng)
             tasks.append(k)
             starts.append(start)
-            aims.append(AIMS[args.suite][k][i % 2])
+            aims.append((AIMS[args.suite][k][i % 2], (-TILT, TILT)[i % 2]))
             seeds.append([2, args.seed, k, i + 1])
     n = len(tasks)
     same = [suite.limit] * n, [20] * n, [args.push] * n, [args.video is not None and i < 2 for i in range(n)]
