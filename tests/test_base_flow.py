@@ -29,6 +29,14 @@ def test_header_says_how_it_was_made_and_what_it_reaches(base):
     assert base.latent_dim == 24 and base.state_dim == 21 and base.chunk_steps == 40
 
 
+@pytest.mark.parametrize("suite", ["libero_spatial", "libero_object", "libero_goal", "libero_10"])
+def test_every_suite_has_a_base_of_all_ten_tasks(suite):
+    path = WEIGHTS.with_name(f"{suite}.safetensors")
+    base = FlowBase.load(path, task=suite)
+    assert base.header["task_ids"] == list(range(10)) and base.state_dim == 59
+    assert path.stat().st_size < 2.5e6
+
+
 def test_a_missing_shipped_base_names_its_own_fix():
     path = WEIGHTS.with_name("libero_moved.safetensors")
     with pytest.raises(ValueError, match="clone_base.py --task libero_moved --overwrite"):

@@ -16,15 +16,16 @@ POLICIES = ("base", "zero latents", "tuned", "zero noise")
 SUITE = "--suite libero_spatial --task-ids 0,1,2 --base base.safetensors".split()
 RUN = "--rollout-decisions 2 --eval-episodes 1 --total-env-steps 128 --eval-every 64 --no-anneal-lr".split()
 
+HEADER = dict(state_dim=59, action_dim=7, latent_dim=6, chunk_steps=16, knots=9, flow_steps=4, hidden=32)
+HEADER |= dict(blocks=1, task="libero_spatial", task_ids=[0, 1])
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """Two iterations on three tasks of a suite, of which the base was cloned on two; too short for an episode
     to succeed, so that the counts of steps are known."""
     cwd = tmp_path_factory.mktemp("finished")
-    sizes = dict(state_dim=59, action_dim=7, latent_dim=6, chunk_steps=16, knots=9, flow_steps=4, hidden=32)
-    header = dict(sizes, blocks=1, task="libero_spatial", task_ids=[0, 1])
-    FlowBase(header).save(cwd / "base.safetensors")
+    FlowBase(HEADER).save(cwd / "base.safetensors")
     result = script(TRAIN, cwd, *SMALL, *SUITE, *RUN, "--run-name", "whole")
     assert result.returncode == 0, result.stderr
     return cwd, result
@@ -117,8 +118,8 @@ BUTTER = str(ROOT / "weights" / "libero_90_task56.safetensors")
         (TRAIN, ["--task-ids", "3"], ["libero_90_task3", "--base"]),
         (TRAIN, ["--eval-episodes", "51"], ["--eval-episodes is 51", "50"]),
         (TRAIN, ["--num-envs", "0"], ["--num-envs is 0", "at least 1"]),
-        (TRAIN, ["--suite", "libero_goal", "--num-envs", "5"], ["--num-envs is 5", "6 tasks"]),
-        (TRAIN, ["--suite", "libero_goal", "--task-ids", "0"], ["--task-ids", "libero_goal", "cloned on"]),
+        (TRAIN, ["--suite", "libero_goal", "--num-envs", "5"], ["--num-envs is 5", "10 tasks"]),
+        (TRAIN, [*SUITE[:2], "--task-ids", "2", *SUITE[4:]], ["--task-ids", "libero_spatial", "cloned on"]),
         (TRAIN, ["--resume", "runs/nothing"], ["--resume is runs/nothing", "no run"]),
         ("evaluate.py", ["aloha.pt"], ["task aloha, here it is libero_goal"]),
         ("evaluate.py", [BUTTER, "--suite", "libero_goal"], ["libero_90_task56", "libero_goal"]),
@@ -135,8 +136,9 @@ def test_bad_input_gets_one_sentence_and_touches_nothing(tmp_path, name, flags, 
     content = dict(task="aloha", env_steps=0, pi0={}, flow_steps=4)
     save_checkpoint(tmp_path, content, args)
     (tmp_path / "last.pt").rename(tmp_path / "aloha.pt")
+    FlowBase(HEADER).save(tmp_path / "base.safetensors")
     assert_refused(here(name, tmp_path, *flags), words)
-    assert [path.name for path in tmp_path.iterdir()] == ["aloha.pt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["aloha.pt", "base.safetensors"]
 
 
 def test_without_egl(tmp_path):

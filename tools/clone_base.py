@@ -192,7 +192,7 @@ def make_demos(args):
         return demo_aloha.run(demo_aloha.Args(out=args.demos, workers=args.workers))
     import demo_libero
 
-    own = dict(task_ids="56")
+    own = dict(task_ids="56", num_demos=400)
     if args.task != "libero_90_task56":
         task_ids = ",".join(map(str, demo_libero.AIMS[args.task]))
         own = dict(suite=args.task, task_ids=task_ids, num_demos=100)

@@ -39,11 +39,11 @@ AIMS = dict(
         2: (-0.055, 0.072),
         3: (-0.050, 0.072),
         4: (-0.021, 0.036),
-        5: (-0.055, 0.064),
-        6: (-0.040, 0.020),
-        7: (-0.072, 0.055),
-        8: (-0.050, 0.070),
-        9: (-0.069, 0.036),
+        5: (-0.040, 0.040),
+        6: (-0.030, 0.060),
+        7: (-0.062, 0.048),
+        8: (-0.030, 0.065),
+        9: (-0.055, 0.028),
     },
     libero_object={
         0: (-0.024, 0.024),
@@ -58,19 +58,19 @@ AIMS = dict(
         9: (-0.042, 0.065),
     },
     libero_goal={
-        0: (0.000, 0.100),
+        0: (0.020, 0.110),
         1: (-0.055, 0.072),
-        2: (-0.036, 0.007),
-        3: (0.020, 0.080),
+        2: (-0.028, 0.000),
+        3: (0.035, 0.070),
         4: (-0.055, 0.072),
-        5: (0.000, 0.025),
+        5: (0.008, 0.020),
         6: (-0.045, 0.072),
         7: (-0.080, 0.055),
         8: (-0.055, 0.072),
-        9: (-0.036, 0.007),
+        9: (-0.028, 0.003),
     },
     libero_10={
-        0: (-0.036, 0.036),
+        0: (-0.028, 0.022),
         1: (-0.014, 0.055),
         2: (-0.007, 0.031),
         3: (-0.045, 0.036),
@@ -78,11 +78,11 @@ AIMS = dict(
         5: (-0.038, 0.064),
         6: (-0.069, 0.016),
         7: (-0.016, 0.052),
-        8: (-0.050, 0.040),
-        9: (-0.016, 0.036),
+        8: (-0.050, 0.025),
+        9: (-0.016, 0.010),
     },
     libero_90={
-        56: (-0.050, 0.072),
+        56: (-0.060, 0.084),
     },
 )
 OPEN, CLOSED = -1.0, 1.0
@@ -99,6 +99,8 @@ LEAN = dict(pull=1.3, push=0.7, below=0.5, inside=0.85)
 INTO = dict(microwave=((0.0, 1.0, 0.0), (-0.055, -0.07, -0.061)))
 PLATE_RIM = 0.062  # m from the middle of a plate
 TILT = 0.25  # rad, by which a hand that reaches short points ahead, one that reaches far back
+# Where a hand that points ahead (0) or back (1) cannot grip: it points down
+UPRIGHT = {("libero_goal", 5): 0, ("libero_goal", 7): 0, ("libero_spatial", 6): 1}
 APART = 0.052  # m from the middle of a place that two objects share
 
 
@@ -632,7 +634,8 @@ def make_demos(args, suite):
                 start = suite.draw_start(rng)
             tasks.append(k)
             starts.append(start)
-            aims.append((AIMS[args.suite][k][i % 2], (-TILT, TILT)[i % 2]))
+            tilt = 0.0 if UPRIGHT.get((args.suite, k)) == i % 2 else (-TILT, TILT)[i % 2]
+            aims.append((AIMS[args.suite][k][i % 2], tilt))
             seeds.append([2, args.seed, k, i + 1])
     n = len(tasks)
     same = [suite.limit] * n, [20] * n, [args.push] * n, [args.video is not None and i < 2 for i in range(n)]
