@@ -94,7 +94,7 @@ def load_demos(path, task):
         behaviours[(ends - length)[:, None] + np.arange(UNDECIDED)] = behaviour[:, None]
     except Exception as error:  # zipfile, zlib, numpy and json each raise their own
         stop(f"--demos {path} is no file of demonstrations ({error}); remove it, and it is made anew")
-    S, A = dict(aloha=(21, 14), libero_90_task56=(139, 7)).get(task, (59, 7))
+    S, A = (21, 14) if task == "aloha" else (139 if task.startswith("libero_90") else 59, 7)
     if (observations.shape, actions.shape) != ((ends[-1], S), (ends[-1], A)):
         shapes = f"{observations.shape} and {actions.shape}"
         stop(f"--demos {path} has arrays of shapes {shapes}; remove it, and it is made anew")
@@ -192,11 +192,16 @@ def make_demos(args):
         return demo_aloha.run(demo_aloha.Args(out=args.demos, workers=args.workers))
     import demo_libero
 
-    own = dict(task_ids="56", num_demos=400)
-    if args.task != "libero_90_task56":
-        task_ids = ",".join(map(str, demo_libero.AIMS[args.task]))
-        own = dict(suite=args.task, task_ids=task_ids, num_demos=100)
-    demo_libero.run(demo_libero.Args(out=args.demos, workers=args.workers, **own))
+    own = dict(suite=args.task.split("_task")[0], task_ids=",".join(map(str, tasks_of(args.task))))
+    own |= dict(num_demos=400 if args.task == "libero_90_task56" else 100, workers=args.workers)
+    demo_libero.run(demo_libero.Args(out=args.demos, **own))
+
+
+def tasks_of(task):
+    """The task numbers of LIBERO that a base is cloned on."""
+    from demo_libero import AIMS
+
+    return [56] if task == "libero_90_task56" else list(AIMS[task])
 
 
 def check(args):
@@ -224,9 +229,7 @@ if __name__ == "__main__":
         make_demos(args)
     demos, name = load_demos(args.demos, args.task), args.task.split("_task")[0]
     if demos.task_ids is not None and not own_demos:
-        from demo_libero import AIMS
-
-        if demos.task_ids != (needed := list(AIMS[name])):
+        if demos.task_ids != (needed := tasks_of(args.task)):
             have = f"{args.demos} has the tasks {demos.task_ids}, and this base is cloned on {needed}"
             stop(f"--demos: {have}; remove it, and it is made anew, or name it with --demos to clone from it")
     torch.manual_seed(args.seed)
