@@ -403,7 +403,7 @@ class Simulator:
         joints 7. The current sub-goal's object: position relative to the end effector 3, rotation 6, height
         1; its goal relative to the object 3 and to the end effector 3. The three other objects nearest to the
         end effector, relative to it: 9. The sub-goal's joint, if it has one: its value (m or rad) 1, and the
-        handle, knob or door relative to the end effector 3. Number of the sub-goal 1. Then the task's one-hot.
+        handle, knob or door relative to the end effector 3. Number of the sub-goal 1. The task's one-hot.
         """
         data, hand, rotation, k = self.data, self.hand, self.hand_rotation, self.subgoal()
         _, name, *place = self.goals[k]
