@@ -42,11 +42,13 @@ class FlowBase(nn.Module):
     def __init__(self, header):
         super().__init__()
         self.header = header
-        self.state_dim, self.action_dim, self.latent_dim = (header[k] for k in SIZES[:3])
+        observation_dim, self.action_dim, self.latent_dim = (header[k] for k in SIZES[:3])
+        self.sines = header.get("sines", [])  # k of sin ks and cos ks beside the state s, for actor and critics
+        self.state_dim = observation_dim * (1 + 2 * len(self.sines))  # of what actor and critics see
         self.chunk_steps, knots, self.flow_steps, hidden, blocks = (header[k] for k in SIZES[3:])
 
-        self.register_buffer("state_mean", torch.zeros(self.state_dim))
-        self.register_buffer("state_std", torch.ones(self.state_dim))
+        self.register_buffer("state_mean", torch.zeros(observation_dim))
+        self.register_buffer("state_std", torch.ones(observation_dim))
         # chunk = mean + Σ_i z_i basis_i at the knots, in the units of the actions; z has unit variance over
         # the data
         self.register_buffer("chunk_mean", torch.zeros(knots, self.action_dim))
@@ -56,7 +58,7 @@ class FlowBase(nn.Module):
             "frequencies", 2.0 ** torch.arange(8), persistent=False
         )  # of the flow time's features
 
-        self.input = nn.Linear(self.latent_dim + self.state_dim + 2 * len(self.frequencies), hidden)
+        self.input = nn.Linear(self.latent_dim + observation_dim + 2 * len(self.frequencies), hidden)
         self.blocks = nn.ModuleList(
             nn.Sequential(
                 nn.LayerNorm(hidden), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, hidden)
@@ -66,7 +68,7 @@ class FlowBase(nn.Module):
         self.output = nn.Linear(hidden, self.latent_dim)
 
     def velocity(self, w, u, s):
-        """The flow's velocity. w: (B, D) the point, u: (B,) flow time, s: (B, S) encoded state -> (B, D)."""
+        """The flow's velocity. w: (B, D) the point, u: (B,) flow time, s: (B, O) normalised state -> (B, D)."""
         angles = u[:, None] * self.frequencies  # (B, 8)
         h = self.input(torch.cat([w, s, angles.sin(), angles.cos()], -1))
         for block in self.blocks:
@@ -75,15 +77,16 @@ class FlowBase(nn.Module):
 
     @torch.no_grad()
     def encode(self, observation):
-        """Normalised state, and the context that `decode` needs: here the state itself. observation: (B, S)
-        raw -> s, context, both (B, S)."""
+        """What actor and critics see, and the context that `decode` needs: the normalised state, O numbers.
+        observation: (B, O) raw -> s (B, S), context (B, O). Sines show them small differences, as in Fourier
+        features (Tancik et al., arXiv 2006.10739)."""
         observation = torch.as_tensor(observation, dtype=torch.float32, device=self.state_mean.device)
         s = ((observation - self.state_mean) / self.state_std).clamp(-STATE_CLIP, STATE_CLIP)
-        return s, s
+        return torch.cat([s, *(wave(k * s) for k in self.sines for wave in (torch.sin, torch.cos))], -1), s
 
     @torch.no_grad()
     def decode(self, context, x, free=None):
-        """The action chunk that the latent x stands for. context: (B, S), x: (B, D) -> (B, chunk_steps,
+        """The action chunk that the latent x stands for. context: (B, O), x: (B, D) -> (B, chunk_steps,
         action_dim). free: noise that the latent leaves free, none here."""
         w = x
         for k in range(self.flow_steps):  # Euler: w ← w + v(w, u | s) / flow_steps
@@ -125,7 +128,9 @@ class FlowBase(nn.Module):
             raise ValueError(
                 f"{path} is a base for the task {header['task']!r}: give a path of one for {task!r}."
             )
-        if not all(isinstance(header[k], int) and 0 < header[k] <= 4096 for k in SIZES):
+        absurd = not all(isinstance(header[k], int) and 0 < header[k] <= 4096 for k in SIZES)
+        sines = header.get("sines", [])
+        if absurd or not isinstance(sines, list) or not all(isinstance(k, int | float) for k in sines):
             raise ValueError(f"{path} has absurd sizes in its header: {fix}.")
         with torch.device("meta"):  # shapes only: a wrong header must not allocate anything
             expected = {k: v.shape for k, v in cls(header).state_dict().items()}
