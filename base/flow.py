@@ -43,8 +43,9 @@ class FlowBase(nn.Module):
         super().__init__()
         self.header = header
         observation_dim, self.action_dim, self.latent_dim = (header[k] for k in SIZES[:3])
-        self.sines = header.get("sines", [])  # k of sin ks and cos ks beside the state s, for actor and critics
-        self.state_dim = observation_dim * (1 + 2 * len(self.sines))  # of what actor and critics see
+        # actor and critics see the state s, and sin ks and cos ks of its first numbers, for each k
+        self.sines, self.sines_of = header.get("sines", []), header.get("sines_of", 0)
+        self.state_dim = observation_dim + 2 * len(self.sines) * self.sines_of
         self.chunk_steps, knots, self.flow_steps, hidden, blocks = (header[k] for k in SIZES[3:])
 
         self.register_buffer("state_mean", torch.zeros(observation_dim))
@@ -68,7 +69,7 @@ class FlowBase(nn.Module):
         self.output = nn.Linear(hidden, self.latent_dim)
 
     def velocity(self, w, u, s):
-        """The flow's velocity. w: (B, D) the point, u: (B,) flow time, s: (B, O) normalised state -> (B, D)."""
+        """The flow's velocity. w: (B, D) the point, u: (B,) flow time, s: (B, O) the state -> (B, D)."""
         angles = u[:, None] * self.frequencies  # (B, 8)
         h = self.input(torch.cat([w, s, angles.sin(), angles.cos()], -1))
         for block in self.blocks:
@@ -82,7 +83,8 @@ class FlowBase(nn.Module):
         features (Tancik et al., arXiv 2006.10739)."""
         observation = torch.as_tensor(observation, dtype=torch.float32, device=self.state_mean.device)
         s = ((observation - self.state_mean) / self.state_std).clamp(-STATE_CLIP, STATE_CLIP)
-        return torch.cat([s, *(wave(k * s) for k in self.sines for wave in (torch.sin, torch.cos))], -1), s
+        angles = [k * s[:, : self.sines_of] for k in self.sines]
+        return torch.cat([s, *(wave(a) for a in angles for wave in (torch.sin, torch.cos))], -1), s
 
     @torch.no_grad()
     def decode(self, context, x, free=None):
@@ -128,9 +130,7 @@ class FlowBase(nn.Module):
             raise ValueError(
                 f"{path} is a base for the task {header['task']!r}: give a path of one for {task!r}."
             )
-        absurd = not all(isinstance(header[k], int) and 0 < header[k] <= 4096 for k in SIZES)
-        sines = header.get("sines", [])
-        if absurd or not isinstance(sines, list) or not all(isinstance(k, int | float) for k in sines):
+        if not all(isinstance(header[k], int) and 0 < header[k] <= 4096 for k in SIZES):
             raise ValueError(f"{path} has absurd sizes in its header: {fix}.")
         with torch.device("meta"):  # shapes only: a wrong header must not allocate anything
             expected = {k: v.shape for k, v in cls(header).state_dict().items()}

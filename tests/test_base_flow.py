@@ -33,7 +33,7 @@ def test_header_says_how_it_was_made_and_what_it_reaches(base):
 def test_every_suite_has_a_base_of_all_ten_tasks(suite):
     path = WEIGHTS.with_name(f"{suite}.safetensors")
     base = FlowBase.load(path, task=suite)
-    assert base.header["task_ids"] == list(range(10)) and base.state_dim == 5 * 59
+    assert base.header["task_ids"] == list(range(10)) and base.state_dim == 59 + 4 * 49
     assert path.stat().st_size < 2.5e6
 
 
@@ -42,7 +42,8 @@ def test_sines_show_actor_and_critics_a_centimetre():
     observation = base.state_mean.repeat(2, 1)
     observation[1, 1] += 0.01  # the hand, 1 cm to the side
     s, context = base.encode(observation)
-    waves = [np.sin(4 * context), np.cos(4 * context), np.sin(16 * context), np.cos(16 * context)]
+    few = context[:, :49]  # all but the task's one-hot
+    waves = [np.sin(4 * few), np.cos(4 * few), np.sin(16 * few), np.cos(16 * few)]
     np.testing.assert_allclose(s, np.concatenate([context, *waves], 1), atol=1e-6)
     assert (s[1] - s[0]).norm() > 5 * (context[1] - context[0]).norm()
 

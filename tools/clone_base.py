@@ -40,7 +40,7 @@ NETWORK = dict(flow_steps=10, hidden=256, blocks=3)  # Euler steps from noise to
 LR = 1e-3  # AdamW's first learning rate, decayed to 0 along a cosine
 # k of sin ks and cos ks that actor and critics see: a centimetre of the hand's way, which decides on LIBERO,
 # is 0.1 standard deviations. On ALOHA they gain nothing that shows.
-SINES = [4, 16]
+SINES = dict(sines=[4, 16], sines_of=49)  # all but the task's one-hot
 STATE_NOISE = 0.02  # Gaussian noise on the normalised state in training, standard deviations
 
 
@@ -240,8 +240,8 @@ if __name__ == "__main__":
     start = time.time()
     sizes = {k: getattr(args, k) for k in ("task", "latent_dim", "chunk_steps", "knots")} | NETWORK
     sizes |= dict(state_dim=demos.observations.shape[1], action_dim=demos.actions.shape[1])
-    sines = [] if args.task == "aloha" else SINES
-    header = dict(sizes, sines=sines, normalisation=FORMULA, demonstrations=demos.settings)
+    sines = {} if args.task == "aloha" else SINES
+    header = dict(sizes, **sines, normalisation=FORMULA, demonstrations=demos.settings)
     if demos.task_ids is not None:
         header["task_ids"] = demos.task_ids
     base = FlowBase(header)
