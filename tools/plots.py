@@ -79,7 +79,7 @@ def draw_curves(out, name, pattern, title):
         # at first the episodes that end are the short, successful ones, and then all failures at once
         early = 3 * max(int(line["length"]) for line in read_table(folder / "eval.csv"))
         early *= json.loads((folder / "args.json").read_text())["args"]["num_envs"]
-        for key in ("return", "episode_length", "success_length"):  # the last in older runs
+        for key in ("return", "episode_length"):
             curve = training_curve(read_table(folder / "metrics.csv"), f"charts/{key}", early)
             training.setdefault(key, []).append(curve)
     figure, panels = plt.subplots(1, 3, figsize=(10, 3.1))
@@ -88,8 +88,7 @@ def draw_curves(out, name, pattern, title):
     if name == "fig4b_aloha":
         panels[0].axhline(65, color=GREY, ls="-.", lw=1, label="the paper's π$_0$-FPO, from 40 %")
     draw_seeds(panels[1], training["return"], BLUE, "training episodes", 1)
-    draw_seeds(panels[2], training["episode_length"], BLUE, "all training episodes")
-    draw_seeds(panels[2], training["success_length"], GREEN, "successful ones only")
+    draw_seeds(panels[2], training["episode_length"], BLUE, "training episodes")
     labels = ("success (%)", 102), ("return (Eq. 1)", 1.02), ("episode length (control steps)", None)
     for panel, (label, most) in zip(panels, labels):
         panel.set(xlabel="environment steps (millions)", ylabel=label, xlim=(0, None), ylim=(0, most))
@@ -311,7 +310,7 @@ if __name__ == "__main__":
     if everything:
         args.latents, args.exploration = [results / "libero/butter_seed1"], results.glob("former/*k4_*")
         draw_curves(args.out, "fig4b_aloha", "aloha/seed*", "ALOHA Transfer Cube (Fig. 4b)")
-        draw_curves(args.out, "fig3_libero_long", "libero/long_task1_*", "LIBERO-Long task 1 (Fig. 3)")
+        draw_curves(args.out, "fig3_libero_spatial", "libero/libero_spatial_seed*", "LIBERO-Spatial")
         draw_ablations(args.out, results / "former" / "runs_curves.csv")
     for folder in args.strip:
         draw_strip(args.out, folder)

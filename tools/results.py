@@ -17,11 +17,12 @@ from support.run_files import wilson, write_atomically
 TASKS = dict(  # task: its name, folders of its seeds, the paper's π_0-FPO
     aloha=("ALOHA Transfer Cube", "aloha/seed*", "about 65 %"),
     libero_90_task56=("LIBERO, butter in the tray", "libero/butter_seed*", "78.5 %"),
-    libero_spatial=("LIBERO-Spatial", "libero/libero_spatial_seed1", "97.2 %"),
-    libero_object=("LIBERO-Object", "libero/libero_object_seed1", "97.3 %"),
-    libero_goal=("LIBERO-Goal", "libero/libero_goal_seed1", "89.4 %"),
-    libero_10=("LIBERO-Long", "libero/libero_10_seed1", "65.3 %"),
+    libero_spatial=("LIBERO-Spatial", "libero/libero_spatial_seed*", "97.2 %"),
+    libero_object=("LIBERO-Object", "libero/libero_object_seed*", "97.3 %"),
+    libero_goal=("LIBERO-Goal", "libero/libero_goal_seed*", "89.4 %"),
+    libero_10=("LIBERO-Long", "libero/libero_10_seed*", "65.3 %"),
 )
+SUITES = "libero_spatial", "libero_object", "libero_goal", "libero_10"
 TABLE_2 = dict(  # row of run_ablations.py: its name in the paper, whose success on butter/tray it has (%)
     complete=("FPO (complete)", 78.5),
     sac=("without CFM ratio proxy: SAC", 32.4),
@@ -96,6 +97,12 @@ def over_seeds(counts):
     return over_seeds_and_episodes(counts) if counts else "–"
 
 
+def pooled(counts):
+    """Successes of episodes, over seeds, as text."""
+    successes, episodes = np.sum(counts, 0)
+    return f"{100 * successes / episodes:.0f} % of {episodes}"
+
+
 def publish(path, head, rows, *text):
     """Write a table and lines below it to a file, and into the pages that have markers for it."""
     names, *lines = [f"| {line} |" for line in (head, *map(" | ".join, rows))]
@@ -126,52 +133,51 @@ def write_runs(path, runs):
 
 
 def constant_latents(path):
-    """Cells: success of the best constant latent on the evaluation states, over searches; best of 16."""
+    """Success on the evaluation states of base, zero latents, best of 16 and the best constant latent, for
+    each search. -> {kind: [(successes, episodes)]}"""
     found = dict(constant={}, best={}, base={}, zero={})
-    for row in read_table(path):
+    for row in read_table(path) if path.exists() else ():
         if row["states"] == "evaluation":  # a search's last row stays
             found[row["policy"].split()[0]][row["seed"]] = int(row["successes"]), int(row["episodes"])
-    return [over_seeds([*found[kind].values()]) for kind in ("constant", "best")]
+    return {kind: [*counts.values()] for kind, counts in found.items()}
 
 
 def write_tasks(results):
-    """summary.md: a row a task; libero/suites.md: a row a suite, over the tasks that the base was cloned on;
-    suites.csv: every task of theirs; table1.md: our rows of the paper's Table I."""
-    summary, suites, ours, tasks = [], [], [], ["suite,task_id,task,policy,successes,episodes"]
+    """summary.md: a row a task; libero/suites.md: a row for every task of the suites; table1.md: our rows of
+    the paper's Table I. Where FPO has not been run there is what constant_latent.py found, and a dash."""
+    summary, suites, ours = [], [], []
     for task, (label, pattern, paper) in TASKS.items():
         runs = [evaluations(file) for file in sorted(results.glob(f"{pattern}/eval.csv"))]
-        if not runs:
+        found = constant_latents(results / f"constant_latent/{task}.csv")
+        base, zero, tuned, steps = found["base"], found["zero"], [], ["–"]
+        if runs:
+            base, zero, tuned, steps, _ = zip(*map(played, runs))
+        ours.append([np.mean(shares(counts)) if counts else np.nan for counts in (base, zero, tuned)])
+        if not base:
             continue
-        *evaluated, steps, changed = zip(*map(played, runs))
-        base, zero, tuned = map(over_seeds, evaluated)
-        ours.append([np.mean(shares(counts)) for counts in evaluated])
-        constant, best = constant_latents(results / f"constant_latent/{task}.csv")
-        row = [label, *(f"{value:.1f} %" for value in ours[-1][:2]), constant, best, f"**{tuned}**"]
-        summary.append([*row, str(len(runs)), steps[0], paper])
-        if not pattern.endswith("seed1"):
+        cells = *(f"{value:.1f} %" for value in ours[-1][:2]), over_seeds(found["constant"])
+        fpo = f"**{over_seeds(tuned)}**" if tuned else "–"
+        summary.append([label, *cells, over_seeds(found["best"]), fpo, str(len(runs)), steps[0], paper])
+        if task not in SUITES:
             continue
-        cloned, columns = set(), ("task_id", "task", "policy", "successes", "episodes")
-        for line in read_table(results / pattern / "table.csv"):
-            if line["cloned"] == "True":
-                cloned.add(line["task_id"])
-            else:
-                line |= dict(policy="not cloned", successes="", episodes="")
-            if line["task_id"].isdigit():  # the others are the average
-                tasks.append(",".join([task, *(line[column] for column in columns)]))
-        lacking = [k for k in "0123456789" if k not in cloned]
-        where = f"{10 - len(lacking)} of 10" + (f" (not {', '.join(lacking)})" if lacking else "")
-        per_task, _ = constant_latents(results / f"constant_latent/{task}_per_task.csv")
-        row = [label, where, base, zero, constant, per_task, best, f"**{tuned}**", paper, steps[0]]
-        suites.append(row + changed[0])
+        counts = {}  # {task's number and name: {policy: [(successes, episodes) of each seed]}}
+        for file in sorted(results.glob(f"{pattern}/table.csv")):
+            for line in read_table(file):
+                if line["task_id"].isdigit():  # the others are the average
+                    of_task = counts.setdefault((line["task_id"], line["task"]), {})
+                    of_task.setdefault(line["policy"], []).append(
+                        (int(line["successes"]), int(line["episodes"]))
+                    )
+        for (number, name), policies in counts.items():
+            row = (pooled(policies[policy]) for policy in ("base", "zero latents", "tuned"))
+            suites.append([label, number, name.replace("_", " "), *row])
     head = "task | base | zero latents | constant latent | best of 16 | FPO | seeds | steps | paper, π_0-FPO"
     publish(results / "summary.md", head, summary)
-    head = "suite | tasks cloned | base | zero latents | constant latent | one a task | best of 16 | tuned"
-    publish(results / "libero/suites.md", f"{head} | paper | steps | fixed | broken", suites)
-    write_atomically(results / "libero/suites.csv", "\n".join([*dict.fromkeys(tasks), ""]).encode())
+    publish(results / "libero/suites.md", "suite | | task | base | zero latents | tuned", suites)
     page = (results / "libero/table1.md").read_text()
     for label, row in zip(("our base", "our base, zero latents", "our base + FPO"), zip(*ours[2:])):
-        row = " | – | ".join(f"{value:.1f}" for value in [*row, np.mean(row)])
-        page = re.sub(rf"(?m)^(\| {re.escape(label)} \|) .*$", rf"\1 {row} | – |", page)
+        row = ["–" if np.isnan(value) else f"{value:.1f}" for value in [*row, np.mean(row)]]
+        page = re.sub(rf"(?m)^(\| {re.escape(label)} \|) .*$", rf"\1 {' | – | '.join(row)} | – |", page)
     write_atomically(results / "libero/table1.md", page.encode())
 
 
