@@ -98,9 +98,9 @@ def over_seeds(counts):
 
 
 def pooled(counts):
-    """Successes of episodes, over seeds, as text."""
-    successes, episodes = np.sum(counts, 0)
-    return f"{100 * successes / episodes:.0f} % of {episodes}"
+    """Success of all episodes, over seeds, as text; a dash if there are none."""
+    successes, episodes = np.sum([(0, 0), *counts], 0)
+    return f"{100 * successes / episodes:.0f} % of {episodes}" if episodes else "–"
 
 
 def publish(path, head, rows, *text):
@@ -164,12 +164,11 @@ def write_tasks(results):
         for file in sorted(results.glob(f"{pattern}/table.csv")):
             for line in read_table(file):
                 if line["task_id"].isdigit():  # the others are the average
+                    pair = int(line["successes"] or 0), int(line["episodes"] or 0)
                     of_task = counts.setdefault((line["task_id"], line["task"]), {})
-                    of_task.setdefault(line["policy"], []).append(
-                        (int(line["successes"]), int(line["episodes"]))
-                    )
+                    of_task.setdefault(line["policy"], []).append(pair)
         for (number, name), policies in counts.items():
-            row = (pooled(policies[policy]) for policy in ("base", "zero latents", "tuned"))
+            row = (pooled(policies.get(policy, [])) for policy in ("base", "zero latents", "tuned"))
             suites.append([label, number, name.replace("_", " "), *row])
     head = "task | base | zero latents | constant latent | best of 16 | FPO | seeds | steps | paper, π_0-FPO"
     publish(results / "summary.md", head, summary)
