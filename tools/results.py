@@ -157,7 +157,10 @@ def write_tasks(results):
             continue
         cells = *(f"{value:.1f} %" for value in ours[-1][:2]), over_seeds(found["constant"])
         fpo = f"**{over_seeds(tuned)}**" if tuned else "–"
-        summary.append([label, *cells, over_seeds(found["best"]), fpo, str(len(runs)), steps[0], paper])
+        still = over_seeds([*map(count, (v for run in runs for k, v in run.items() if k[0] == "zero noise"))])
+        summary.append(
+            [label, *cells, over_seeds(found["best"]), fpo, still, str(len(runs)), steps[0], paper]
+        )
         if task not in SUITES:
             continue
         counts = {}  # {task's number and name: {policy: [(successes, episodes) of each seed]}}
@@ -168,11 +171,13 @@ def write_tasks(results):
                     of_task = counts.setdefault((line["task_id"], line["task"]), {})
                     of_task.setdefault(line["policy"], []).append(pair)
         for (number, name), policies in counts.items():
-            row = (pooled(policies.get(policy, [])) for policy in ("base", "zero latents", "tuned"))
+            kinds = "base", "zero latents", "tuned", "zero noise"
+            row = (pooled(policies.get(kind, [])) for kind in kinds)
             suites.append([label, number, name.replace("_", " "), *row])
-    head = "task | base | zero latents | constant latent | best of 16 | FPO | seeds | steps | paper, π_0-FPO"
-    publish(results / "summary.md", head, summary)
-    publish(results / "libero/suites.md", "suite | | task | base | zero latents | tuned", suites)
+    head = "task | base | zero latents | constant latent | best of 16 | FPO | from zero noise | seeds | steps"
+    publish(results / "summary.md", f"{head} | paper, π_0-FPO", summary)
+    head = "suite | | task | base | zero latents | tuned | from zero noise"
+    publish(results / "libero/suites.md", head, suites)
     page = (results / "libero/table1.md").read_text()
     for label, row in zip(("our base", "our base, zero latents", "our base + FPO"), zip(*ours[2:])):
         row = ["–" if np.isnan(value) else f"{value:.1f}" for value in [*row, np.mean(row)]]
