@@ -147,7 +147,7 @@ def test_same_actions_same_states_and_success_as_the_stock_environment(both, sui
         assert any(flags)  # the comparison of success saw both values
 
 
-# Pull, put in a drawer, drag, twist, push shut, put inside and swing shut; 15 cm too short, it closes on nothing
+# Pull, put in a drawer, drag, twist, push shut, put inside and swing shut; 15 cm short, it closes on nothing
 @pytest.mark.slow
 @pytest.mark.parametrize("aim", [None, (-0.15, -0.25)])
 @pytest.mark.parametrize(
