@@ -12,7 +12,7 @@ class Suite:
     """`tasks` are the keys of {task: simulator} that `build(tasks)` makes in every worker process
     (workers.py)."""
 
-    name: str  # what a base for it is called: aloha, libero_goal, libero_90, libero_90_task56
+    name: str  # what a base for it is called: aloha, libero_goal, libero_90_task56
     tasks: list
     names: dict  # {task: its name}
     limit: int  # control steps an episode
@@ -53,8 +53,9 @@ def load_suite(name, task_ids=None, pictures=False):
         tasks = libero.parse_task_ids(name, task_ids or ("56" if name == "libero_90" else "all"))
     except ValueError as error:
         stop(str(error))
+    numbers = "_".join(map(str, tasks))
     return Suite(
-        name="libero_90_task56" if (name, tasks) == ("libero_90", [56]) else name,
+        name=f"libero_90_task{numbers}" if name == "libero_90" else name,
         tasks=tasks,
         names={k: libero.suite(name).get_task(k).name for k in tasks},
         limit=libero.STEP_LIMIT[name],

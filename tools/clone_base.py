@@ -204,7 +204,7 @@ def tasks_of(task):
     """The task numbers of LIBERO that a base is cloned on."""
     from demo_libero import AIMS
 
-    return [56] if task == "libero_90_task56" else list(AIMS[task])
+    return list(AIMS[task.split("_task")[0]])
 
 
 def check(args):

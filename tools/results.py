@@ -22,7 +22,7 @@ TASKS = dict(  # task: its name, folders of its seeds, the paper's π_0-FPO
     libero_goal=("LIBERO-Goal", "libero/libero_goal_seed*", "89.4 %"),
     libero_10=("LIBERO-Long", "libero/libero_10_seed*", "65.3 %"),
 )
-SUITES = "libero_spatial", "libero_object", "libero_goal", "libero_10"
+SUITES = [*TASKS][2:]
 TABLE_2 = dict(  # row of run_ablations.py: its name in the paper, whose success on butter/tray it has (%)
     complete=("FPO (complete)", 78.5),
     sac=("without CFM ratio proxy: SAC", 32.4),
@@ -136,7 +136,7 @@ def constant_latents(path):
     """Success on the evaluation states of base, zero latents, best of 16 and the best constant latent, for
     each search. -> {kind: [(successes, episodes)]}"""
     found = dict(constant={}, best={}, base={}, zero={})
-    for row in read_table(path) if path.exists() else ():
+    for row in read_table(path):
         if row["states"] == "evaluation":  # a search's last row stays
             found[row["policy"].split()[0]][row["seed"]] = int(row["successes"]), int(row["episodes"])
     return {kind: [*counts.values()] for kind, counts in found.items()}

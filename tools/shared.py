@@ -21,9 +21,7 @@ from support.flags import check_device, stop
 from support.run_files import EPISODES, CsvLog, mean, new_run_folder, rate, write_args
 
 # what there is a base for in weights/: two tasks, and suites of tasks
-Task = Literal[
-    "aloha", "libero_90_task56", "libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"
-]
+Task = Literal["aloha", "libero_90_task56", "libero_spatial", "libero_object", "libero_goal", "libero_10"]
 
 # columns of metrics.csv that both baselines have
 METRICS = "charts/env_steps charts/success charts/SPS eval/success latent/norm latent/std".split()
