@@ -246,7 +246,7 @@ def test_autocorrelation_of_a_known_process():
 def test_tables_of_the_ablations(tmp_path):
     """Mean over seeds at every evaluation, with the wider of two intervals; a run that stopped early counts
     with its last evaluation."""
-    from results import over_seeds_and_episodes, write_ablations
+    from results import over_seeds, write_ablations
     from scipy import stats
     from statsmodels.stats.proportion import proportion_confint
 
@@ -269,7 +269,7 @@ def test_tables_of_the_ablations(tmp_path):
     # 91, 92 and 93 %, whose standard deviation is 1
     assert f"| 92.0 ± {stats.t.ppf(0.975, 2) / 3**0.5:.1f} |" in table
     low, high = proportion_confint(300, 300, method="wilson")  # t alone would give ± 0
-    assert over_seeds_and_episodes([(100, 100)] * 3) == f"100.0 % [{100 * low:.1f}, {100 * high:.1f}]"
+    assert over_seeds([(100, 100)] * 3) == f"100.0 % [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def test_the_queue_reads_a_run(tmp_path):

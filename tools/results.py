@@ -79,22 +79,18 @@ def t_half(values):
     return stats.t.ppf(0.975, len(values) - 1) * np.std(values, axis=0, ddof=1) / np.sqrt(len(values))
 
 
-def over_seeds_and_episodes(counts):
+def over_seeds(counts):
     """Mean success with each end the further one of the t interval over seeds and Wilson's over all episodes:
-    near 100 % a few seeds happen to agree, and t alone vanishes. counts: (successes, episodes) a seed."""
+    near 100 % a few seeds happen to agree, and t alone vanishes. Cut off at 0 and 100 %; a dash for no
+    counts. counts: (successes, episodes) a seed."""
+    if not counts:
+        return "–"
     total = np.sum(counts, 0)
     low, high = 100 * np.array(wilson(*total))
     if len(counts) > 1:
         mean, half = np.mean(shares(counts)), t_half(shares(counts))
         low, high = min(low, mean - half), max(high, mean + half)
     return f"{100 * total[0] / total[1]:.1f} % [{max(0.0, low):.1f}, {min(100.0, high):.1f}]"
-
-
-def over_seeds(counts):
-    """Mean success with the t interval over seeds, of one seed Wilson's, of none a dash. counts: as above"""
-    if len(counts) > 1:
-        return f"{np.mean(shares(counts)):.1f} % ± {t_half(shares(counts)):.1f}"
-    return over_seeds_and_episodes(counts) if counts else "–"
 
 
 def pooled(counts):
@@ -129,7 +125,7 @@ def write_runs(path, runs):
         kinds.setdefault(kind, []).append(tuned)
     means = ", ".join(f"{kind} **{over_seeds(v)}**" for kind, v in kinds.items() if len(v) > 1) or "–"
     head = "run | steps | base | zero latents | tuned | from zero noise | lowest evaluation | fixed | broken"
-    publish(path, head, rows, "", f"Means of the last evaluation (95 % t interval over seeds): {means}.")
+    publish(path, head, rows, "", f"Means of the last evaluation: {means}.")
 
 
 def constant_latents(path):
@@ -209,7 +205,7 @@ def write_ablations(path):
         for k in (0, 1, 3):  # a run that stopped early counts with its last evaluation
             last = [lines[: k + 1][-1] for lines in found]
             counts = [(int(line["successes"]), int(line["episodes"])) for line in last]
-            cell = over_seeds_and_episodes(counts) if counts else "–"
+            cell = over_seeds(counts)
             cells[row].append(f"**{cell}**" if k == 3 else cell)
         for column, unit, digits in (("steps_to_90", 1000, 0), ("late", 0.01, 1), ("latent/norm", 1, 1)):
             known = [float(line[column]) / unit for line in last if line.get(column)]
