@@ -195,7 +195,7 @@ def make_demos(args):
         return demo_aloha.run(demo_aloha.Args(out=args.demos, workers=args.workers))
     import demo_libero
 
-    own = dict(suite=args.task.split("_task")[0], task_ids=",".join(map(str, tasks_of(args.task))))
+    own = dict(suite=shared.suite_of(args.task), task_ids=",".join(map(str, tasks_of(args.task))))
     own |= dict(num_demos=400 if args.task == "libero_90_task56" else 100, workers=args.workers)
     demo_libero.run(demo_libero.Args(out=args.demos, **own))
 
@@ -204,7 +204,7 @@ def tasks_of(task):
     """The task numbers of LIBERO that a base is cloned on."""
     from demo_libero import AIMS
 
-    return list(AIMS[task.split("_task")[0]])
+    return list(AIMS[shared.suite_of(task)])
 
 
 def check(args):
@@ -221,7 +221,7 @@ def check(args):
     if args.chunk_steps % (args.knots - 1):
         stop(f"--knots is {args.knots}; knots - 1 must divide --chunk-steps, which is {args.chunk_steps}")
     shared.check_files(args)
-    shared.check_limits(args, "eval_episodes", 0, len(load_suite(args.task.split("_task")[0]).starts))
+    shared.check_limits(args, "eval_episodes", 0, len(load_suite(shared.suite_of(args.task)).starts))
 
 
 if __name__ == "__main__":
@@ -230,7 +230,7 @@ if __name__ == "__main__":
     check(args)
     if not args.demos.exists():
         make_demos(args)
-    demos, name = load_demos(args.demos, args.task), args.task.split("_task")[0]
+    demos, name = load_demos(args.demos, args.task), shared.suite_of(args.task)
     if demos.task_ids is not None and not own_demos:
         if demos.task_ids != (needed := tasks_of(args.task)):
             have = f"{args.demos} has the tasks {demos.task_ids}, and this base is cloned on {needed}"

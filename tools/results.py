@@ -70,6 +70,11 @@ def played(run):
     return *map(count, counts), f"{last[1] / 1e6:.2f} M", changed
 
 
+def silent(run):
+    """Counts of the last evaluation from zero noise, of SAC with its mean latent; [] if there is none."""
+    return [count(run[key]) for key in run if key[0] in ("zero noise", "tuned mean")][-1:]
+
+
 def shares(counts):
     return [100 * successes / episodes for successes, episodes in counts]
 
@@ -116,9 +121,8 @@ def write_runs(path, runs):
     rows, kinds = [], {}  # kinds: the last evaluations of runs of one name but for the seed
     for name, run in runs.items():
         base, zero, tuned, steps, changed = played(run)
-        silent = [run[key] for key in run if key[0] in ("zero noise", "tuned mean")]  # the latter is SAC's
         lowest = min(shares(count(run[key]) for key in run if key[0] == "tuned"))
-        base, zero, final, mean = map(over_seeds, ([base], [zero], [tuned], [*map(count, silent[-1:])]))
+        base, zero, final, mean = map(over_seeds, ([base], [zero], [tuned], silent(run)))
         row = [name.replace("seed", "seed ").replace("_", " "), steps, base, zero, f"**{final}**", mean]
         rows.append([*row, f"{lowest:.0f} %", *changed])
         kind = name.split("seed")[0].removeprefix("butter").strip("_").replace("_", " ") or "FPO"
@@ -153,7 +157,7 @@ def write_tasks(results):
             continue
         cells = *(f"{value:.1f} %" for value in ours[-1][:2]), over_seeds(found["constant"])
         fpo = f"**{over_seeds(tuned)}**" if tuned else "–"
-        still = over_seeds([*map(count, (v for run in runs for k, v in run.items() if k[0] == "zero noise"))])
+        still = over_seeds(sum(map(silent, runs), []))
         summary.append(
             [label, *cells, over_seeds(found["best"]), fpo, still, str(len(runs)), steps[0], paper]
         )

@@ -27,6 +27,11 @@ Task = Literal["aloha", "libero_90_task56", "libero_spatial", "libero_object", "
 METRICS = "charts/env_steps charts/success charts/SPS eval/success latent/norm latent/std".split()
 
 
+def suite_of(task):
+    """The suite that a task of `Task` is in, as load_suite names it."""
+    return task.split("_task")[0]
+
+
 def check_limits(args, names, low, high=math.inf):
     """Stop with one sentence at the first of the flags `names`, with blanks between, that is not within low …
     high. One that was left out (None) is within, a tuple of numbers if all of them are."""
@@ -93,7 +98,7 @@ def check_baseline(args):
     check_limits(args, "updates actor_lr", 1e-9)
     check_limits(args, "seed", 0, 2**63 - 1)
     check_device(args.device)
-    suite = load_suite(args.task.split("_task")[0])
+    suite = load_suite(suite_of(args.task))
     check_limits(args, "eval_episodes", 1, len(suite.starts))
     return suite
 
