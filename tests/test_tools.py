@@ -273,10 +273,10 @@ def test_tables_of_the_ablations(tmp_path):
 
 
 def test_the_queue_reads_a_run(tmp_path):
-    """A row an evaluation; when 90 of the last 100 training episodes had succeeded, after 50 000 steps."""
+    """A row an evaluation; when 90 of the last 100 training episodes had succeeded, after 40 000 steps."""
     from run_ablations import evaluations
 
-    metrics = ["charts/env_steps,charts/success,latent/norm", "40000,0.95,4", "60000,0.89,5", "80000,0.9,6"]
+    metrics = ["charts/env_steps,charts/success,latent/norm", "39000,0.95,4", "60000,0.89,5", "80000,0.9,6"]
     (tmp_path / "metrics.csv").write_text("\n".join([*metrics, "90000,,"]) + "\n")
     episodes = ["policy,env_steps,success", "base,0,1", "base,0,0", "tuned,60000,1", "tuned,80000,0"]
     (tmp_path / "eval.csv").write_text("\n".join(episodes) + "\n")

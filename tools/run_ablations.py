@@ -64,8 +64,8 @@ def evaluations(folder):
     for line in read_table(folder / "eval.csv"):
         counts.setdefault((line["policy"], int(line["env_steps"])), []).append(int(line["success"]))
     rows = [(int(v["charts/env_steps"]), float(v["charts/success"] or 0), v["latent/norm"]) for v in metrics]
-    # not before 100 episodes can have ended: the first ones are the quick, successful ones
-    to_90 = min((steps for steps, success, _ in rows if steps >= 50_000 and success >= 0.9), default="")
+    # the first episodes to end are the quick, successful ones: not before 100 failures of 400 steps can have
+    to_90 = min((steps for steps, success, _ in rows if steps >= 40_000 and success >= 0.9), default="")
     for (policy, end), success in counts.items():
         norms = [float(norm) for steps, _, norm in rows if norm and before < steps <= end]
         before, known = end, [to_90, f"{sum(norms) / len(norms):.6g}"] if norms else ["", ""]
