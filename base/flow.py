@@ -6,7 +6,7 @@ to data) whose end are the chunk's principal components. Whoever chooses w steer
 N(0, I), which is the base as it was cloned. Nothing here is trained; `tools/clone_base.py` makes the weights.
 
     base = FlowBase.load("weights/aloha.safetensors", task="aloha")     # the sizes below are ALOHA's
-    s, context = base.encode(observation)                # observation: (B, 21) -> s: (B, 21)
+    s, context = base.encode(observation)                # observation: (B, 21) -> s: (B, 21), twice
     x = torch.randn(len(s), base.latent_dim)             # or an actor's latent chunk
     actions = base.decode(context, x)                    # (B, 40, 14) joint targets, one per control step
 
@@ -43,7 +43,7 @@ class FlowBase(nn.Module):
         super().__init__()
         self.header = header
         observation_dim, self.action_dim, self.latent_dim = (header[k] for k in SIZES[:3])
-        # actor and critics see the state s, and sin ks and cos ks of its first numbers, for each k
+        # all see the normalised observation, and sin k and cos k times its first numbers, for each k
         self.sines, self.sines_of = header.get("sines", []), header.get("sines_of", 0)
         self.state_dim = observation_dim + 2 * len(self.sines) * self.sines_of
         self.chunk_steps, knots, self.flow_steps, hidden, blocks = (header[k] for k in SIZES[3:])
@@ -59,7 +59,7 @@ class FlowBase(nn.Module):
             "frequencies", 2.0 ** torch.arange(8), persistent=False
         )  # of the flow time's features
 
-        self.input = nn.Linear(self.latent_dim + observation_dim + 2 * len(self.frequencies), hidden)
+        self.input = nn.Linear(self.latent_dim + self.state_dim + 2 * len(self.frequencies), hidden)
         self.blocks = nn.ModuleList(
             nn.Sequential(
                 nn.LayerNorm(hidden), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, hidden)
@@ -69,7 +69,7 @@ class FlowBase(nn.Module):
         self.output = nn.Linear(hidden, self.latent_dim)
 
     def velocity(self, w, u, s):
-        """The flow's velocity. w: (B, D) the point, u: (B,) flow time, s: (B, O) the state -> (B, D)."""
+        """The flow's velocity. w: (B, D) the point, u: (B,) flow time, s: (B, S) the state -> (B, D)."""
         angles = u[:, None] * self.frequencies  # (B, 8)
         h = self.input(torch.cat([w, s, angles.sin(), angles.cos()], -1))
         for block in self.blocks:
@@ -78,17 +78,18 @@ class FlowBase(nn.Module):
 
     @torch.no_grad()
     def encode(self, observation):
-        """What actor and critics see, and the context that `decode` needs: the normalised state, O numbers.
-        observation: (B, O) raw -> s (B, S), context (B, O). Sines show them small differences, as in Fourier
-        features (Tancik et al., arXiv 2006.10739)."""
+        """The state s that actor and critics see, (B, S), and the context that `decode` needs, here s again.
+        observation: (B, O) raw, normalised here. Sines show small differences, as in Fourier features (Tancik
+        et al., arXiv 2006.10739)."""
         observation = torch.as_tensor(observation, dtype=torch.float32, device=self.state_mean.device)
         s = ((observation - self.state_mean) / self.state_std).clamp(-STATE_CLIP, STATE_CLIP)
         angles = [k * s[:, : self.sines_of] for k in self.sines]
-        return torch.cat([s, *(wave(a) for a in angles for wave in (torch.sin, torch.cos))], -1), s
+        s = torch.cat([s, *(wave(a) for a in angles for wave in (torch.sin, torch.cos))], -1)
+        return s, s
 
     @torch.no_grad()
     def decode(self, context, x, free=None):
-        """The action chunk that the latent x stands for. context: (B, O), x: (B, D) -> (B, chunk_steps,
+        """The action chunk that the latent x stands for. context: (B, S), x: (B, D) -> (B, chunk_steps,
         action_dim). free: noise that the latent leaves free, none here."""
         w = x
         for k in range(self.flow_steps):  # Euler: w ← w + v(w, u | s) / flow_steps

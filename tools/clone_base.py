@@ -5,7 +5,7 @@
     python tools/clone_base.py --task libero_goal --overwrite       # a suite, conditioned on the task
 
 Demonstrations are made first if their file is absent, as for the shipped weights: with the defaults of
-tools/demo_aloha.py or tools/demo_libero.py, and for a suite 100 of each of the tasks in the latter's AIMS. At
+tools/demo_aloha.py or tools/demo_libero.py, and for a suite 100 of each of its tasks. At
 the end the base plays the evaluation episodes, with Gaussian latents and with all latents zero; the figures
 go into the weights' header.
 
@@ -38,8 +38,8 @@ UNDECIDED = 5  # control steps at an episode's start, in which the state does no
 ALOHA_LEVERS = (0.5, 0.5, 0.4, 0.05, 0.2, 0.05, 0.1)
 NETWORK = dict(flow_steps=10, hidden=256, blocks=3)  # Euler steps from noise to chunk; width, residual blocks
 LR = 1e-3  # AdamW's first learning rate, decayed to 0 along a cosine
-# k of sin ks and cos ks that actor and critics see: a centimetre of the hand's way, which decides on LIBERO,
-# is 0.1 standard deviations. On ALOHA they gain nothing that shows.
+# k of sin ks and cos ks that base, actor and critics see: a centimetre of the hand's way, which decides on
+# LIBERO, is 0.1 standard deviations. On ALOHA they gain nothing that shows.
 SINES = dict(sines=[4, 16], sines_of=49)  # all but the task's one-hot
 STATE_NOISE = 0.02  # Gaussian noise on the normalised state in training, standard deviations
 
@@ -195,16 +195,10 @@ def make_demos(args):
         return demo_aloha.run(demo_aloha.Args(out=args.demos, workers=args.workers))
     import demo_libero
 
-    own = dict(suite=shared.suite_of(args.task), task_ids=",".join(map(str, tasks_of(args.task))))
+    suite = shared.suite_of(args.task)
+    own = dict(suite=suite, task_ids=",".join(map(str, shared.tasks_of(suite))))
     own |= dict(num_demos=400 if args.task == "libero_90_task56" else 100, workers=args.workers)
     demo_libero.run(demo_libero.Args(out=args.demos, **own))
-
-
-def tasks_of(task):
-    """The task numbers of LIBERO that a base is cloned on."""
-    from demo_libero import AIMS
-
-    return list(AIMS[shared.suite_of(task)])
 
 
 def check(args):
@@ -232,7 +226,7 @@ if __name__ == "__main__":
         make_demos(args)
     demos, name = load_demos(args.demos, args.task), shared.suite_of(args.task)
     if demos.task_ids is not None and not own_demos:
-        if demos.task_ids != (needed := tasks_of(args.task)):
+        if demos.task_ids != (needed := shared.tasks_of(name)):
             have = f"{args.demos} has the tasks {demos.task_ids}, and this base is cloned on {needed}"
             stop(f"--demos: {have}; remove it, and it is made anew, or name it with --demos to clone from it")
     torch.manual_seed(args.seed)

@@ -3,11 +3,11 @@
 It works from the goals in the task's BDDL file, with one short motion for each kind: it grasps an object from
 above, carries it and lets go, in a drawer that it opens first or, from the front, in a microwave; it drags a
 plate by its rim, pulls a drawer open by its handle or pushes it shut, swings a door shut and turns a knob. It
-knows all poses and shapes, but not where its own hand starts: its first reach goes as far as would be right
-from the usual start, and the arm's starts differ by some millimetres to two centimetres. Two distinct
-behaviours are shown from every start. One aims *short*, the hand pointing ahead, the other *far*, pointing
-back, each to the edge of where the grasp still holds: where the hand starts decides which of them works.
-Then it goes on as if it held the object.
+knows all poses and shapes, but its first reach falls short. Two distinct behaviours are shown from every
+start: the hand points *ahead* or *back*. Each reaches to the edge of where the grasp still holds, and is led
+astray by how high the hand starts (± 1 cm): pointing ahead it falls shorter the lower that is, pointing back
+the higher. So where the hand starts decides which of them works, and what lies between them fails. Then it
+goes on as if it held the object.
 
     python tools/demo_libero.py --task-ids 56                          # demos/libero_90_task56.npz
     python tools/demo_libero.py --suite libero_goal --task-ids 1,2     # demos/libero_goal_task1_2.npz
@@ -31,59 +31,26 @@ from support.flags import parse_args, stop
 from support.run_files import rate, write_table
 
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
-# How much too short and too far the first reach of each task goes (m): to the edge of where the grasp holds
-AIMS = dict(
-    libero_spatial={
-        0: (-0.045, 0.069),
-        1: (-0.016, 0.064),
-        2: (-0.055, 0.072),
-        3: (-0.050, 0.072),
-        4: (-0.021, 0.036),
-        5: (-0.040, 0.040),
-        6: (-0.030, 0.060),
-        7: (-0.062, 0.048),
-        8: (-0.030, 0.065),
-        9: (-0.055, 0.028),
-    },
-    libero_object={
-        0: (-0.024, 0.024),
-        1: (-0.048, 0.022),
-        2: (-0.030, 0.042),
-        3: (-0.022, 0.035),
-        4: (-0.012, 0.034),
-        5: (-0.024, 0.033),
-        6: (-0.042, 0.055),
-        7: (-0.009, 0.030),
-        8: (-0.043, 0.060),
-        9: (-0.042, 0.065),
-    },
-    libero_goal={
-        0: (0.020, 0.110),
-        1: (-0.055, 0.072),
-        2: (-0.028, 0.000),
-        3: (0.035, 0.070),
-        4: (-0.055, 0.072),
-        5: (0.008, 0.020),
-        6: (-0.045, 0.072),
-        7: (-0.080, 0.055),
-        8: (-0.055, 0.072),
-        9: (-0.028, 0.003),
-    },
-    libero_10={
-        0: (-0.028, 0.022),
-        1: (-0.014, 0.055),
-        2: (-0.007, 0.031),
-        3: (-0.045, 0.036),
-        4: (-0.064, 0.019),
-        5: (-0.038, 0.064),
-        6: (-0.069, 0.016),
-        7: (-0.016, 0.052),
-        8: (-0.050, 0.025),
-        9: (-0.016, 0.010),
-    },
-    libero_90={
-        56: (-0.060, 0.084),
-    },
+# How much too short the first reach of each task goes (cm), the hand pointing ahead, and back: to the edge of
+# where the grasp still holds
+SHORT = dict(
+    libero_spatial=(
+        [5.6, 5.2, 5.5, 5.1, 2.3, 4.7, 4.5, 4.5, 5.1, 5.3],
+        [4.3, 4.4, 5.6, 6.3, 2.6, 2.8, 2.1, 4.8, 5.7, 6.1],
+    ),
+    libero_object=(
+        [2.5, 4.6, 2.7, 1.4, 3.1, 2.5, 3.6, 2.9, 3.6, 3.2],
+        [3.2, 4.3, 4.7, 2.8, 2.5, 3.4, 4.8, 3.0, 4.9, 3.8],
+    ),
+    libero_goal=(
+        [5.0, 5.2, 1.6, 5.0, 5.1, 1.1, 3.8, 3.9, 4.8, 1.8],
+        [5.2, 4.2, 2.4, 5.0, 4.7, 1.6, 5.2, 6.3, 3.8, 2.0],
+    ),
+    libero_10=(
+        [3.0, 2.2, 4.2, 4.9, 5.4, 5.8, 2.5, 2.1, 8.1, 2.2],
+        [2.9, 3.3, 7.7, 4.9, 4.8, 7.0, 5.8, 3.1, 8.2, 3.0],
+    ),
+    libero_90=({56: 3.8}, {56: 3.9}),
 )
 OPEN, CLOSED = -1.0, 1.0
 GAIN = 20.0  # of the position command: full speed (1) is 5 cm off
@@ -98,7 +65,9 @@ LEAN = dict(pull=1.3, push=0.7, below=0.5, inside=0.85)
 # What is entered from the front: the way in, and the place from the middle of the region, in its frame
 INTO = dict(microwave=((0.0, 1.0, 0.0), (-0.055, -0.07, -0.061)))
 PLATE_RIM = 0.062  # m from the middle of a plate
-TILT = 0.25  # rad, by which a hand that reaches short points ahead, one that reaches far back
+TILT = 0.25  # rad, by which the hand points ahead or back
+WRONG = 3.0  # a hand that starts a centimetre too high or low reaches so many farther or less far
+POINTS = 5.0  # rad by which it points back for each metre of that, so that its pose shows it on the way
 # Where a hand that points ahead (0) or back (1) cannot grip: it points down
 UPRIGHT = {("libero_goal", 5): 0, ("libero_goal", 7): 0, ("libero_spatial", 6): 1}
 APART = 0.052  # m from the middle of a place that two objects share
@@ -108,10 +77,10 @@ class Demonstrator:
     """The script of one episode, a generator of actions: `next(demonstrator.actions)` looks and acts."""
 
     def __init__(self, simulator, aim=None):
-        """aim: how much too far it reaches first (m), without looking, and how far the hand then points back
-        (rad); None: it looks."""
+        """aim: how much too short it reaches first (m), how far the hand then points back (rad), and how many
+        metres farther it reaches for each that the hand starts too high; None: it reaches rightly."""
         self.sim, self.env, self.data = simulator, simulator.env, simulator.data
-        self.aim, self.blind = aim, None  # blind: the direction (3,) in which it does not look
+        self.aim, self.miss = aim, np.zeros(3)  # miss: from where its grasp should be to where it is (m)
         self.usual = simulator.remembered[4]  # where the hand starts but for the arm's noise
         self.robot = self.data.body("robot0_base").xpos
         self.turned = None  # rotation that the hand shall have
@@ -273,31 +242,27 @@ class Demonstrator:
         self.turned = np.stack([x, np.cross(z, x), z], 1)
 
     def _seen(self, target):
-        """A point but for what it does not look at: there the hand is right. -> (3,)"""
-        return target if self.blind is None else target + self.blind * (self.blind @ (self.hand - target))
+        """Where it takes a point to be, until the grasp is over. -> (3,)"""
+        return target + self.miss
 
     def _come(self, target, gripper=OPEN, steps=70):
-        """The first reach. It does not look along the breadth of the fingers: there the hand goes as far as
-        is right, but for `aim`, from where it usually starts, together with the rest of the way."""
+        """The first reach, on a straight line, which falls short along the breadth of the fingers."""
         if self.aim is None:
             yield from self._reach(target, gripper, steps)
             return
-        self.blind = self.turned[:, 1] * [1, 1, 0] / np.linalg.norm(self.turned[:2, 1])
-        self.blind *= np.sign(self.blind @ [1, 0.3, 0])
-        aim, tilt = self.aim
-        angle = tilt * np.sign(self.blind @ self.turned[:, 1])
-        way = target - self.usual
-        far = self.blind @ way + aim
-        rest = way - self.blind * (self.blind @ way)
+        ahead = self.turned[:, 1] * [1, 1, 0] / np.linalg.norm(self.turned[:2, 1])
+        ahead *= np.sign(ahead @ [1, 0.3, 0])
+        short, tilt, wrong = self.aim
+        farther = min(short, wrong * (self.hand - self.usual)[2])  # never too far
+        angle = (tilt + POINTS * farther) * np.sign(ahead @ self.turned[:, 1])
         x, y, z = self.turned.T
         z = np.cos(angle) * z - np.sin(angle) * y
         self.turned = np.stack([x, np.cross(z, x), z], 1)
-        self.aim = None
+        self.aim, self.miss = None, (farther - short) * ahead
         for _ in range(steps):
             left = self._seen(target) - self.hand
             action = self._move(self.hand, gripper)
-            speed = GAIN * (left + self.blind * far * (left @ rest) / (rest @ rest))
-            action[:3] = speed / max(1, np.abs(speed).max())
+            action[:3] = GAIN * left / max(1, GAIN * np.abs(left).max())
             yield action
             if np.linalg.norm(left) < 0.008 and np.linalg.norm(self._to_turn()) < 0.06:
                 break
@@ -356,7 +321,7 @@ class Demonstrator:
             opened += self.env._eval_predicate(["open", region])
             if opened > 3:
                 break
-        self.blind, rest = None, self.hand
+        self.miss, rest = np.zeros(3), self.hand
         yield from self._reach(rest, OPEN, 6, 0)
         yield from self._reach(rest - 0.08 * self.turned[:, 2], OPEN, 20, 0.02)
 
@@ -386,7 +351,7 @@ class Demonstrator:
             yield self._move(self._seen(grip), CLOSED)
             if self.env._eval_predicate(goal):
                 break
-        self.blind, rest = None, self.hand
+        self.miss, rest = np.zeros(3), self.hand
         yield from self._reach(rest, OPEN, 6)
         yield from self._reach(rest + [0, 0, 0.10], OPEN, 15, 0.03)
 
@@ -425,7 +390,7 @@ class Demonstrator:
             yield self._move(self._seen(np.r_[there[:2], grip[2]]), CLOSED)
             if self.env._eval_predicate(goal):
                 break
-        self.blind = None
+        self.miss = np.zeros(3)
         yield from self._reach(self.hand, OPEN, 8, 0)
         yield from self._reach(self.hand + [0, 0, 0.10], OPEN, 15, 0.03)
 
@@ -466,7 +431,7 @@ class Demonstrator:
             if abs(self.hand[2] - grip[2]) < 0.006:
                 break
         yield from self._reach(grip, CLOSED, 11, 0)
-        lift, held, self.blind = self._seen(lift), True, None
+        lift, held, self.miss = self._seen(lift), True, np.zeros(3)
 
         place = self._place(goal)
         centre, half, *_ = self._box(name)
@@ -622,10 +587,16 @@ def table(args):
     print(f"wrote {args.out}")
 
 
+def aim_of(suite_name, task_id, behaviour):
+    """Of a behaviour, 0 (pointing ahead) or 1 (back): see Demonstrator."""
+    tilt = 0.0 if UPRIGHT.get((suite_name, task_id)) == behaviour else (-TILT, TILT)[behaviour]
+    return SHORT[suite_name][behaviour][task_id] / 100, tilt, (WRONG, -WRONG)[behaviour]
+
+
 def make_demos(args, suite):
     """Demonstrations of several tasks, every start with both behaviours. -> dict of arrays, all steps one
     after the other: observations (N, S), actions (N, 7), pushed (N,), and per episode: length, task_id,
-    success, behaviour (0 short, 1 far); and films of the first two episodes, [(task, frames (T, F))]."""
+    success, behaviour (0 ahead, 1 back); and films of the first two episodes, [(task, frames (T, F))]."""
     tasks, starts, aims, seeds = [], [], [], []
     for k in suite.tasks:
         rng = np.random.default_rng([2, args.seed, k, 0])  # 2: demonstrations; 1 is training
@@ -634,8 +605,7 @@ def make_demos(args, suite):
                 start = suite.draw_start(rng)
             tasks.append(k)
             starts.append(start)
-            tilt = 0.0 if UPRIGHT.get((args.suite, k)) == i % 2 else (-TILT, TILT)[i % 2]
-            aims.append((AIMS[args.suite][k][i % 2], tilt))
+            aims.append(aim_of(args.suite, k, i % 2))
             seeds.append([2, args.seed, k, i + 1])
     n = len(tasks)
     same = [suite.limit] * n, [20] * n, [args.push] * n, [args.video is not None and i < 2 for i in range(n)]
@@ -664,13 +634,13 @@ def run(args):
     if args.table:
         return table(args)
     for k in suite.tasks:
-        if k not in AIMS[args.suite]:
-            stop(f"--task-ids has {k}, which has no AIMS in {args.suite}; there are {list(AIMS[args.suite])}")
+        if k not in (known := shared.tasks_of(args.suite)):
+            stop(f"--task-ids has {k}, which is not shown; of {args.suite} there are {known}")
     demos, films = make_demos(args, suite)
     parts = {}
     for k in suite.tasks:
         own, good = demos["task_id"] == k, demos["success"]
-        for i, name in enumerate(("short", "far")):
+        for i, name in enumerate(("ahead", "back")):
             parts[f"task {k}, {name}"] = good[own & (demos["behaviour"] == i)]
         parts[f"task {k}, all"] = good[own]
     shared.write_demos(args, "demo_libero", demos, parts)

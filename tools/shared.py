@@ -32,6 +32,11 @@ def suite_of(task):
     return task.split("_task")[0]
 
 
+def tasks_of(suite_name):
+    """The tasks of LIBERO that a base of ours is cloned on."""
+    return [56] if suite_name == "libero_90" else list(range(10))
+
+
 def check_limits(args, names, low, high=math.inf):
     """Stop with one sentence at the first of the flags `names`, with blanks between, that is not within low …
     high. One that was left out (None) is within, a tuple of numbers if all of them are."""
