@@ -50,7 +50,7 @@ SHORT = dict(
         [3.0, 2.2, 4.2, 4.9, 5.4, 5.8, 2.5, 2.1, 8.1, 2.2],
         [2.9, 3.3, 7.7, 4.9, 4.8, 7.0, 5.8, 3.1, 8.2, 3.0],
     ),
-    libero_90=({56: 3.8}, {56: 3.9}),
+    libero_90=({56: 4.1}, {56: 4.2}),
 )
 OPEN, CLOSED = -1.0, 1.0
 GAIN = 20.0  # of the position command: full speed (1) is 5 cm off
@@ -66,7 +66,7 @@ LEAN = dict(pull=1.3, push=0.7, below=0.5, inside=0.85)
 INTO = dict(microwave=((0.0, 1.0, 0.0), (-0.055, -0.07, -0.061)))
 PLATE_RIM = 0.062  # m from the middle of a plate
 TILT = 0.25  # rad, by which the hand points ahead or back
-WRONG = 3.0  # a hand that starts a centimetre too high or low reaches so many farther or less far
+WRONG = 5.0  # a hand that starts a centimetre too high or low reaches so many farther or less far
 POINTS = 5.0  # rad by which it points back for each metre of that, so that its pose shows it on the way
 # Where a hand that points ahead (0) or back (1) cannot grip: it points down
 UPRIGHT = {("libero_goal", 5): 0, ("libero_goal", 7): 0, ("libero_spatial", 6): 1}
@@ -253,7 +253,7 @@ class Demonstrator:
         ahead = self.turned[:, 1] * [1, 1, 0] / np.linalg.norm(self.turned[:2, 1])
         ahead *= np.sign(ahead @ [1, 0.3, 0])
         short, tilt, wrong = self.aim
-        farther = min(short, wrong * (self.hand - self.usual)[2])  # never too far
+        farther = np.clip(wrong * (self.hand - self.usual)[2], -short, short)  # never too far
         angle = (tilt + POINTS * farther) * np.sign(ahead @ self.turned[:, 1])
         x, y, z = self.turned.T
         z = np.cos(angle) * z - np.sin(angle) * y
