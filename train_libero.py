@@ -44,7 +44,7 @@ class Args:
     task_ids: str | None = None  # numbers with commas, or all; if left out all, of libero_90 56
     seed: int = 1  # seed of the actor, the critics, every draw and the training episodes
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where the networks run; auto takes CUDA if there
-    total_env_steps: int | None = None  # of training; if left out 250 000, for several tasks 300 000
+    total_env_steps: int | None = None  # of training; if left out 150 000, for several tasks 300 000
     num_envs: int | None = None  # parallel environments, over all ranks; 32 or a few more a rank if left out
     num_workers: int | None = None  # simulator processes of a rank; one a core if left out
     rollout_decisions: int = 5  # T_rollout of Algorithm 1: decisions per environment and iteration
@@ -99,7 +99,7 @@ if __name__ == "__main__":
     )
     several = len(suite.tasks) > 1
     if args.total_env_steps is None:
-        args.total_env_steps = 300_000 if several else 250_000
+        args.total_env_steps = 300_000 if several else 150_000
     if args.eval_every is None:
         args.eval_every = 100_000 if several else 50_000
     args.base = args.base or f"weights/{suite.name}.safetensors"

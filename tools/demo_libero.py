@@ -6,8 +6,8 @@ plate by its rim, pulls a drawer open by its handle or pushes it shut, swings a 
 knows all poses and shapes, but its first reach falls short. Two distinct behaviours are shown from every
 start: the hand points *ahead* or *back*. Each reaches to the edge of where the grasp still holds, and is led
 astray by how high the hand starts (± 1 cm): pointing ahead it falls shorter the lower that is, pointing back
-the higher. So where the hand starts decides which of them works, and what lies between them fails. Then it
-goes on as if it held the object.
+the higher. So where the hand starts decides which of them works, and what lies between them reaches that edge
+only. Then it goes on as if it held the object.
 
     python tools/demo_libero.py --task-ids 56                          # demos/libero_90_task56.npz
     python tools/demo_libero.py --suite libero_goal --task-ids 1,2     # demos/libero_goal_task1_2.npz
@@ -78,7 +78,8 @@ class Demonstrator:
 
     def __init__(self, simulator, aim=None):
         """aim: how much too short it reaches first (m), how far the hand then points back (rad), and how many
-        metres farther it reaches for each that the hand starts too high; None: it reaches rightly."""
+        metres farther it reaches for each that the hand starts too high, as far as the right place or just
+        as far to this side; None: it reaches rightly."""
         self.sim, self.env, self.data = simulator, simulator.env, simulator.data
         self.aim, self.miss = aim, np.zeros(3)  # miss: from where its grasp should be to where it is (m)
         self.usual = simulator.remembered[4]  # where the hand starts but for the arm's noise
@@ -253,7 +254,7 @@ class Demonstrator:
         ahead = self.turned[:, 1] * [1, 1, 0] / np.linalg.norm(self.turned[:2, 1])
         ahead *= np.sign(ahead @ [1, 0.3, 0])
         short, tilt, wrong = self.aim
-        farther = np.clip(wrong * (self.hand - self.usual)[2], -short, short)  # never too far
+        farther = np.clip(wrong * (self.hand - self.usual)[2], -short, short)  # twice as short, to right
         angle = (tilt + POINTS * farther) * np.sign(ahead @ self.turned[:, 1])
         x, y, z = self.turned.T
         z = np.cos(angle) * z - np.sin(angle) * y
