@@ -66,7 +66,7 @@ LEAN = dict(pull=1.3, push=0.7, below=0.5, inside=0.85)
 INTO = dict(microwave=((0.0, 1.0, 0.0), (-0.055, -0.07, -0.061)))
 PLATE_RIM = 0.062  # m from the middle of a plate
 TILT = 0.25  # rad, by which the hand points ahead or back
-WRONG = 5.0  # a hand that starts a centimetre too high or low reaches so many farther or less far
+WRONG = 10.0  # a hand that starts a centimetre too high or low reaches so many farther or less far
 POINTS = 5.0  # rad by which it points back for each metre of that, so that its pose shows it on the way
 # Where a hand that points ahead (0) or back (1) cannot grip: it points down
 UPRIGHT = {("libero_goal", 5): 0, ("libero_goal", 7): 0, ("libero_spatial", 6): 1}
