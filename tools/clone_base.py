@@ -4,10 +4,10 @@
     python tools/clone_base.py --task libero_90_task56 --overwrite  # LIBERO's butter/tray
     python tools/clone_base.py --task libero_goal --overwrite       # a suite, conditioned on the task
 
-Demonstrations are made first if their file is absent, as for the shipped weights: with the defaults of
-tools/demo_aloha.py or tools/demo_libero.py, and for a suite 100 of each of its tasks. At
-the end the base plays the evaluation episodes, with Gaussian latents and with all latents zero; the figures
-go into the weights' header.
+Demonstrations are made first if their file is absent, with the defaults of tools/demo_aloha.py or
+tools/demo_libero.py, and for a suite 100 of each of its tasks. So the shipped weights of ALOHA and
+butter/tray were made; the suites' are of earlier demonstrators. At the end the base plays the evaluation
+episodes, with Gaussian latents and with all latents zero; the figures go into the weights' header.
 
 Training: w_1 = whitened principal components of a demonstrated chunk, w_0 ~ N(0, I), w_u = (1 - u) w_0 + u
 w_1, and v(w_u, u | s) regresses on w_1 - w_0 (flow matching, arXiv 2210.02747). Few components: the noise of
