@@ -66,7 +66,7 @@ LEAN = dict(pull=1.3, push=0.7, below=0.5, inside=0.85)
 INTO = dict(microwave=((0.0, 1.0, 0.0), (-0.055, -0.07, -0.061)))
 PLATE_RIM = 0.062  # m from the middle of a plate
 TILT = 0.25  # rad, by which the hand points ahead or back
-WRONG = 10.0  # a hand that starts a centimetre too high or low reaches so many farther or less far
+WRONG = 10.0  # centimetres that the reach is led astray for each that the hand starts too high or low
 POINTS = 5.0  # rad by which it points back for each metre of that, so that its pose shows it on the way
 # Where a hand that points ahead (0) or back (1) cannot grip: it points down
 UPRIGHT = {("libero_goal", 5): 0, ("libero_goal", 7): 0, ("libero_spatial", 6): 1}
@@ -588,12 +588,6 @@ def table(args):
     print(f"wrote {args.out}")
 
 
-def aim_of(suite_name, task_id, behaviour):
-    """Of a behaviour, 0 (pointing ahead) or 1 (back): see Demonstrator."""
-    tilt = 0.0 if UPRIGHT.get((suite_name, task_id)) == behaviour else (-TILT, TILT)[behaviour]
-    return SHORT[suite_name][behaviour][task_id] / 100, tilt, (WRONG, -WRONG)[behaviour]
-
-
 def make_demos(args, suite):
     """Demonstrations of several tasks, every start with both behaviours. -> dict of arrays, all steps one
     after the other: observations (N, S), actions (N, 7), pushed (N,), and per episode: length, task_id,
@@ -606,7 +600,8 @@ def make_demos(args, suite):
                 start = suite.draw_start(rng)
             tasks.append(k)
             starts.append(start)
-            aims.append(aim_of(args.suite, k, i % 2))
+            tilt = 0.0 if UPRIGHT.get((args.suite, k)) == i % 2 else (-TILT, TILT)[i % 2]
+            aims.append((SHORT[args.suite][i % 2][k] / 100, tilt, (WRONG, -WRONG)[i % 2]))
             seeds.append([2, args.seed, k, i + 1])
     n = len(tasks)
     same = [suite.limit] * n, [20] * n, [args.push] * n, [args.video is not None and i < 2 for i in range(n)]
@@ -634,8 +629,9 @@ def run(args):
     suite = load_suite(args.suite, args.task_ids, pictures=args.video is not None)
     if args.table:
         return table(args)
+    known = shared.tasks_of(args.suite)
     for k in suite.tasks:
-        if k not in (known := shared.tasks_of(args.suite)):
+        if k not in known:
             stop(f"--task-ids has {k}, which is not shown; of {args.suite} there are {known}")
     demos, films = make_demos(args, suite)
     parts = {}
