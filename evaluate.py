@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from base import Pi0Options
 from support.flags import RANK, parse_args, stop
-from support.run_files import progress_bar, rate, write_table
+from support.logs import progress_bar, rate, write_table
 
 # success of the base and of the tuned actor in the same episode
 KINDS = dict(fixed=(False, True), broken=(True, False), kept=(True, True), failed=(False, False))
@@ -56,7 +56,7 @@ def evaluate(policy, latents, base, workers, tasks, starts, limit, log=None, env
     """
     import torch
 
-    from envs.workers import play_episodes
+    from envs.episodes import play_episodes
     from support import ranks
 
     episodes = [(task, number) for task in tasks for number in range(len(starts))]
@@ -194,7 +194,8 @@ if __name__ == "__main__":
     from fpo_actor import FlowActor
     from support import ranks
     from support.flags import check_device
-    from support.run_files import CsvLog, EPISODES, check_same, clean_end, load_checkpoint, new_run_folder
+    from support.logs import EPISODES, CsvLog
+    from support.run_files import check_same, clean_end, load_checkpoint, new_run_folder
 
     check_device(args.device)
     for name in ("episodes", "num_workers"):

@@ -83,7 +83,8 @@ if __name__ == "__main__":
 
     from base import load_base
     from envs import cloned_tasks, load_suite
-    from envs.workers import TrainingEnvs, Workers
+    from envs.episodes import TrainingEnvs
+    from envs.workers import Workers
     from evaluate import evaluate, latents_of, print_result
     from fpo_actor import FlowActor, draw_flow_noise
     from fpo_buffer import TrajectoryBuffer
@@ -91,8 +92,8 @@ if __name__ == "__main__":
     from fpo_critic import fresh_value, gae, latent_advantage, stored_value
     from fpo_loss import fpo_loss
     from support import ranks
-    from support.run_files import RunLogs, check_finite, clean_end, load_checkpoint, mean, run_folder
-    from support.run_files import save_checkpoint, steps_bar
+    from support.logs import RunLogs, check_finite, mean, steps_bar
+    from support.run_files import clean_end, load_checkpoint, run_folder, save_checkpoint
 
     suite = load_suite(
         args.suite, args.task_ids, pictures=not (args.base or ".safetensors").endswith(".safetensors")

@@ -9,7 +9,8 @@ import pytest
 
 from envs.aloha import HORIZON, START_ACTION, TASK, Simulator, build, draw_start, evaluation_poses
 from envs.aloha import sample_box_poses
-from envs.workers import TrainingEnvs, Workers
+from envs.episodes import TrainingEnvs
+from envs.workers import Workers
 from helpers import ROOT
 
 sys.path.insert(0, str(ROOT / "tools"))

@@ -9,7 +9,8 @@ import pytest
 
 from envs.libero import FIXTURE_SEED, OBSERVATION_DIM, OFFICIAL_STATES, SETTLING, STEP_LIMIT, Simulator, build
 from envs.libero import draw_start, official, parse_task_ids, placed, quiet, suite
-from envs.workers import TrainingEnvs, Workers, play_episodes
+from envs.episodes import TrainingEnvs, play_episodes
+from envs.workers import Workers
 from helpers import ROOT
 
 import mujoco  # after envs.libero, which picks the OpenGL library

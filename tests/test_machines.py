@@ -24,8 +24,8 @@ from envs.libero import Simulator, official
 from helpers import ROOT, SIGNALS, SMALL, assert_refused, command, here, python, rows, script
 from support.ranks import cores
 from support.flags import resumed_args
-from support.run_files import CsvLog, RunLogs, clean_end, new_run_folder, save_checkpoint
-from support.run_files import write_atomically
+from support.logs import CsvLog, RunLogs
+from support.run_files import clean_end, new_run_folder, save_checkpoint, write_atomically
 
 TRAIN = "train_aloha.py"
 SHORT = [*SMALL, *"--rollout-decisions 2 --eval-episodes 1 --total-env-steps 64".split()]

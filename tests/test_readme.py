@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from support.run_files import METRICS
+from support.logs import METRICS
 
 ROOT = Path(__file__).parents[1]
 PAGES = {p: p.read_text() for folder in (".", "docs", "results") for p in (ROOT / folder).glob("*.md")}

@@ -21,7 +21,8 @@ import torch
 
 from helpers import ROOT, SMALL, assert_refused, assert_same_results, checkpoint, command, here, rows, script
 from support.flags import resumed_args
-from support.run_files import CsvLog, new_run_folder, save_checkpoint
+from support.logs import CsvLog
+from support.run_files import new_run_folder, save_checkpoint
 
 TRAIN, WHOLE = (
     "train_aloha.py",

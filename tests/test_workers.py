@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import envs.workers
-from envs.workers import Chunk, TrainingEnvs, Workers, play_episodes
+from envs.episodes import TrainingEnvs, play_episodes
+from envs.workers import Chunk, Workers
 
 
 class Line:

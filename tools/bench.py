@@ -24,7 +24,8 @@ import tyro
 import train_aloha as fpo
 from envs import load_suite
 from envs.physics import mujoco
-from envs.workers import TrainingEnvs, Workers
+from envs.episodes import TrainingEnvs
+from envs.workers import Workers
 from support.ranks import CPUS, SIMULATORS
 from support.flags import parse_args, stop
 

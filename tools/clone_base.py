@@ -30,7 +30,7 @@ from envs import load_suite
 from envs.workers import Workers
 from evaluate import evaluate
 from support.flags import parse_args, stop
-from support.run_files import wilson
+from support.logs import wilson
 
 FORMULA = "s = (observation - state_mean) / state_std, clipped to ±5; knots = chunk_mean + z chunk_basis"
 UNDECIDED = 5  # control steps at an episode's start, in which the state does not tell the behaviour yet

@@ -20,10 +20,12 @@ from tqdm import tqdm
 
 from base import Pi0Options, load_base
 from envs import cloned_tasks, load_suite
-from envs.workers import Workers, play_episodes
+from envs.episodes import play_episodes
+from envs.workers import Workers
 from support.ranks import SIMULATORS
 from support.flags import parse_args, stop
-from support.run_files import make_out_folder, rate, write_table
+from support.logs import rate, write_table
+from support.run_files import make_out_folder
 
 CANDIDATES, TRIES = 24, 6  # vectors a generation; training starts a vector, the same for all of a generation
 ARM, NEAR = np.array([0.469, 0.5]), 0.371  # ALOHA's right arm, metres; half of the cube's places are nearer

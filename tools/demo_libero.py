@@ -28,7 +28,7 @@ import numpy as np
 from envs import libero, load_suite
 from envs.workers import Workers
 from support.flags import parse_args, stop
-from support.run_files import rate, write_table
+from support.logs import rate, write_table
 
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
 # How much too short the first reach of each task goes (cm), the hand pointing ahead, and back: to the edge of

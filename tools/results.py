@@ -12,7 +12,8 @@ from scipy import stats
 
 from run_ablations import read_table
 from support.flags import parse_args
-from support.run_files import wilson, write_atomically
+from support.logs import wilson
+from support.run_files import write_atomically
 
 TASKS = dict(  # task: its name, folders of its seeds, the paper's π_0-FPO
     aloha=("ALOHA Transfer Cube", "aloha/seed*", "about 65 %"),

@@ -18,7 +18,8 @@ import numpy as np
 
 from envs import load_suite
 from support.flags import check_device, stop
-from support.run_files import EPISODES, CsvLog, mean, new_run_folder, rate, write_args
+from support.logs import EPISODES, CsvLog, mean, rate
+from support.run_files import new_run_folder, write_args
 
 # what there is a base for in weights/: two tasks, and suites of tasks
 Task = Literal["aloha", "libero_90_task56", "libero_spatial", "libero_object", "libero_goal", "libero_10"]

@@ -21,12 +21,14 @@ import torch
 from shared import check_limits
 
 from base import Pi0Options, load_base
-from envs.workers import TrainingEnvs, Workers
+from envs.episodes import TrainingEnvs
+from envs.workers import Workers
 from evaluate import evaluate, latents_of, print_result
 from fpo_actor import FlowActor, draw_flow_noise
 from support.ranks import CPUS, SIMULATORS, connect
 from support.flags import parse_args, stop
-from support.run_files import mean, save_checkpoint, steps_bar
+from support.logs import mean, steps_bar
+from support.run_files import save_checkpoint
 
 
 @dataclass

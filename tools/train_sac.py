@@ -22,12 +22,14 @@ from shared import check_limits
 from torch import nn
 
 from base import Pi0Options, load_base
-from envs.workers import TrainingEnvs, Workers
+from envs.episodes import TrainingEnvs
+from envs.workers import Workers
 from evaluate import evaluate, print_result
 from fpo_critic import QEnsemble, critic_loss, polyak_update, td_target
 from support.ranks import CPUS, SIMULATORS, connect
 from support.flags import parse_args, stop
-from support.run_files import mean, save_checkpoint, steps_bar
+from support.logs import mean, steps_bar
+from support.run_files import save_checkpoint
 from train_aloha import GAMMA
 
 LOSSES = ("losses/actor", "losses/critic", "sac/entropy", "critic/q_mean")  # columns of metrics.csv
