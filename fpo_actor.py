@@ -21,7 +21,7 @@ from torch import nn
 
 
 def draw_flow_noise(batch, num_draws, latent_dim, generator=None, device=None):
-    """Draws for the CFM loss: u (batch, N) in [0, 1], one in each of N equal strata, and ε (batch, N, D).
+    """Draws for the CFM loss: u (batch, N), one in each N-th of [0, 1] for less variance; ε (batch, N, D).
 
     ℓ_cfm is an expectation over u and ε. Eq. 2 subtracts two losses of the *same* sample, so both must use
     the same draws, or their noise drowns the difference: draw once per sample, use for θ_old and for θ.
@@ -83,9 +83,9 @@ class FlowActor(nn.Module):
 
         With tan α = u / (1 - u) and g = √((1-u)² + u²), the linear part c(u) x of the field only scales x by
         g, and dx/du = v_θ becomes d(x/g)/dα = g net, from α = 0 to π/2. Each of a few equal steps in α takes
-        the net at its middle, where its last value leads. A shift of the mean comes out exactly, and N(0, I)
-        where net = 0. Plain Euler steps shift it 16 % too far, and an actor that learns from its own samples
-        repeats that until it diverges.
+        the net at its middle, reached with the slope of the step before. Any N(m, I) comes out exactly. Four
+        Euler steps of v_θ would shrink N(0, I) to 0.72 of it, and those of the net alone shift m by 16 % too
+        much; an actor that learns from its own samples repeats such an error until it diverges.
         """
         y, step, slope = noise, math.pi / 2 / flow_steps, 0.0  # y = x / g, g = 1 at both ends
         if y is None:
@@ -95,15 +95,15 @@ class FlowActor(nn.Module):
             g = 1 / (math.cos(alpha) + math.sin(alpha))
             u = torch.full((len(s),), g * math.sin(alpha), device=s.device)
             slope = g * self.net(g * (y + step / 2 * slope), u, s)
-            y = y + 2 * math.sin(step / 2) * slope  # the integral of cos α, which a shift of the mean makes
+            y = y + 2 * math.sin(step / 2) * slope  # ∫ cos α dα over the step, over cos α at its middle
         return y
 
     @torch.no_grad()
     def explore(self, x, s, explore_steps, explore_eta):
         """Eq. 7: x^(k+1) = x^(k) + η v_θ(x^(k), τ^(k) | s) for k < K. x: (B, D), s: (B, S) -> x^(K): (B, D).
 
-        x^(0) is a finished sample, so this transports it along the actor's own field; nothing random is
-        added. The paper leaves the grid open; here the flow time τ^(k) is (k + 1)/K.
+        x^(0) is at u = 1 already; the field at an earlier flow time τ^(k) moves it on, and nothing random is
+        added. The paper leaves the grid open; here τ^(k) = (k + 1)/K.
         """
         for k in range(explore_steps):
             tau = torch.full((len(x),), (k + 1) / explore_steps, device=x.device)

@@ -1,8 +1,8 @@
 """The sliding-window trajectory buffer of FPO (Algorithm 1, lines 10-11; Sec. III-B d).
 
-Keeps the last W iterations whole: the critics learn from all of them, GAE needs trajectories, and where the
-actor learns from executed latents Eq. 2 needs, with every latent, the CFM loss it had under the actor that
-collected it, and the random draws of that loss. Needs torch only.
+Keeps the last W iterations whole: the critics learn from all of them, and GAE needs trajectories. An actor
+that learns from executed latents needs, for Eq. 2, each one's CFM loss under the actor that collected it, and
+the draws of that loss. Needs torch only.
 
     import torch; from fpo_buffer import TrajectoryBuffer
     buffer = TrajectoryBuffer(window=2)              # of iterations, dicts of (T, E, …)
@@ -18,7 +18,7 @@ class TrajectoryBuffer:
     """Whole iterations of rollout, newest last. Each is a dict of tensors (T, E, …): T decisions in E
     environments.
 
-    train scripts store: s, s_next (T, E, S) states; x (T, E, D) executed latents; r, discount, and 1 or 0 for
+    Stored: s, s_next (T, E, S) states; x (T, E, D) executed latents; r, discount, and 1 or 0 for
     terminated and ended (T, E). Where the actor learns from the executed latents also cfm_init (T, E) with
     its draws u (T, E, N) and eps (T, E, N, D). Raises ValueError for a window below 1.
     """
@@ -30,8 +30,8 @@ class TrajectoryBuffer:
         self.iterations = []
 
     def push(self, iteration):
-        """Append one iteration and evict those older than the window. Raises ValueError if leading shapes
-        differ."""
+        """Append one iteration and evict those older than the window. Raises ValueError if its fields
+        differ in (T, E)."""
         shapes = {tuple(tensor.shape[:2]) for tensor in iteration.values()}
         if len(shapes) != 1:
             raise ValueError(f"all tensors of an iteration must share (T, E); got {sorted(shapes)}")
@@ -47,7 +47,7 @@ class TrajectoryBuffer:
         return values.view(-1, T, E).transpose(0, 1).flatten(1)
 
     def samples(self, values):
-        """The way back. (T, W E) -> (n,), in the order of `flat`."""
+        """Inverse of `trajectories`. (T, W E) -> (n,), in the order of `flat`."""
         return values.unflatten(1, (len(self), -1)).transpose(0, 1).flatten()
 
     def __len__(self):

@@ -1,21 +1,21 @@
 """The critics of FPO: an ensemble Q_φi(s, x), i = 1 … M, and what the algorithm derives from it.
 
-Implements: Eq. 5 (TD target with the minimum over the target critics, kept within the return's range), Eq. 6
-(squared TD error), the Polyak update, advantages of fresh latents among themselves, the conservative value
+Implements: Eq. 5 (TD target with the minimum over the target critics; the clamp is ours), Eq. 6 (squared TD
+error), the Polyak update, advantages of fresh latents among themselves, the conservative value
 baseline V(s) and generalized advantage estimation (GAE). Needs torch only.
 
     import torch; from fpo_critic import QEnsemble, critic_loss, polyak_update, td_target
     critic, target = QEnsemble(21, 24, num_critics=5), QEnsemble(21, 24, num_critics=5)
     target.load_state_dict(critic.state_dict())
     s, x = torch.randn(8, 21), torch.randn(8, 24)
-    r, discount, terminated = torch.ones(8), torch.full((8,), 0.96), torch.zeros(8)
+    r, discount, terminated = torch.zeros(8), torch.full((8,), 0.96), torch.zeros(8)
     y = td_target(target, r, discount, terminated, s_next=s, x_next=x)
     critic_loss(critic, s, x, y).backward()
     polyak_update(target, critic, tau=0.05)
 
-One transition is one decision: a latent chunk that ran h' environment steps. Its reward is Σ_{j<h'} γ^j
-r_{t+j}, its bootstrap factor `discount` = γ^h'. A success terminates, and so do physics that diverged,
-with reward 0; a time limit only truncates. `terminated` and `ended` are floats, 1 or 0.
+One transition is one decision: a latent chunk that ran h' control steps. Its reward is Σ_{j<h'} γ^j r_j, its
+bootstrap factor `discount` = γ^h'. A success terminates, and so does a crash of the physics, with reward 0; a
+time limit only truncates. `terminated` and `ended` are floats, 1 or 0.
 """
 
 import torch
@@ -80,8 +80,8 @@ def td_target(target, r, discount, terminated, s_next, x_next, within=None):
     """Eq. 5: y = r + γ^h' (1 - terminated) min_i Q_φ̄i(s', x') with x' ~ π_θ(· | s').
 
     s_next: (B, S), x_next: (B, D), the others (B,) -> y: (B,). `within`: the least and the greatest return
-    that there can be; y is kept between them. The least of M critics is lower by their disagreement, at every
-    decision, and that adds up until Q is below any return.
+    that there can be; y is kept between them. The least of M critics lies below their mean, and by the
+    bootstrap that adds up, decision by decision, until Q is below any return.
     """
     y = r + discount * (1 - terminated) * target(s_next, x_next).min(0).values
     return y if within is None else y.clamp(*within)
@@ -142,7 +142,7 @@ def stored_value(critic, s, x):
 def gae(r, v, v_next, discount, terminated, ended, gae_lambda):
     """Generalized advantage estimation over decisions (Algorithm 1, line 26).
 
-    All, and Â, (T, E): T decisions, one after the other, in E columns.
+    All, and Â, (T, W E): T decisions, one after the other, in each column.
 
         δ_t = r_t + γ^h' (1 - terminated_t) V(s_{t+1}) - V(s_t),   Â_t = δ_t + γ^h' λ (1 - ended_t) Â_{t+1}
 

@@ -9,7 +9,7 @@ Implements: Eq. 2 (Δℓ), Eq. 3 (likelihood-free ratio) and Eq. 4 (clipped surr
     loss.backward()
 
 What the gradient is: with m_i = 0 where the clip is active, else 1,
-    ∇L = β / (σ n) Σ_i m_i ρ_i A_i ∇ℓ_cfm(x_i | s_i; θ),
+    ∇L = β / (σ B) Σ_i m_i ρ_i A_i ∇ℓ_cfm(x_i | s_i; θ),
 a signed, advantage-weighted flow-matching regression: latents that did better than expected are made more
 likely by fitting them, the others less likely by un-fitting them.
 """
@@ -18,11 +18,11 @@ import torch
 
 
 def ratio_from_cfm(delta, beta, sigma_floor):
-    """Eq. 3: z = (Δ - μ) / σ, ρ = exp(β z). delta: (B,) -> ρ (B,) and σ, a number.
+    """Eq. 3: z = (Δ - μ) / σ, ρ = exp(β z). delta: (B,) -> ρ (B,) and σ ().
 
     Read literally, "stop gradients through ρ" leaves no gradient at all. μ and σ are detached, ρ is not.
-    At θ = θ_old, as in the first minibatch of an update, Δ is 0, up to rounding, and z is 0/0, so σ is at
-    least sigma_floor. With 2β/D the slope under the floor is that of ρ = exp(½ Δ), Δ summed over dimensions.
+    At θ = θ_old Δ is 0, up to rounding, and z is 0/0, so σ is at least sigma_floor. With 2β/D the slope under
+    the floor is that of ρ = exp(½ Δ), Δ summed over dimensions: the ratio of two Gaussians of variance 1.
     """
     mu, sigma = delta.detach().mean(), delta.detach().std(correction=0).clamp_min(sigma_floor)
     return torch.exp(beta * (delta - mu) / sigma), sigma
@@ -31,10 +31,10 @@ def ratio_from_cfm(delta, beta, sigma_floor):
 def fpo_loss(cfm, cfm_init, adv, beta, clip_eps, sigma_floor):
     """Eq. 4 with Eq. 2 and Eq. 3. cfm, cfm_init, adv: (B,) -> the scalar loss and a dict of logs.
 
-    cfm: ℓ_cfm(x | s; θ), with gradient. cfm_init: the same draws under θ_old. adv: advantages, already
-    standardised. beta, sigma_floor: of Eq. 3, see ratio_from_cfm. clip_eps: ε of Eq. 4; math.inf leaves the
-    clip out. info["slope"] is β/σ, the factor that Eq. 3 puts before ∇ℓ: what is added to this loss in units
-    of an advantage is multiplied by it. Raises ValueError where cfm, cfm_init and adv differ in shape.
+    cfm: ℓ_cfm(x | s; θ), with gradient. cfm_init: the same draws under θ_old. adv: advantages, as they shall
+    count. beta, sigma_floor: of Eq. 3, see ratio_from_cfm. clip_eps: ε of Eq. 4; math.inf leaves the clip
+    out. info["slope"] is β/σ, the factor that Eq. 3 puts before ∇ℓ: multiply by it what is added to the loss
+    and shall count like an advantage. Raises ValueError where cfm, cfm_init and adv differ in shape.
     """
     if not cfm.shape == cfm_init.shape == adv.shape:  # (B,) and (B, 1) would make (B, B) of Eq. 4
         raise ValueError(
@@ -50,7 +50,7 @@ def fpo_loss(cfm, cfm_init, adv, beta, clip_eps, sigma_floor):
             slope=beta / sigma,
             surrogate=-surrogate.mean(),
             clip_fraction=outside.float().mean(),
-            floor_share=(sigma <= sigma_floor).float(),  # 1: Δ is centred here, and divided by the floor
+            floor_share=(sigma <= sigma_floor).float(),  # 1: z is divided by the floor, 0: by σ
             cfm_loss=cfm.mean(),
         )
     return -surrogate.mean(), info

@@ -31,7 +31,7 @@ CRITIC_BATCH = 128  # transitions of one gradient step of the critics
 TAU = 0.05  # Polyak step of the target critics, not the τ of Eq. 7
 EXPLORE_ETA = 0.05  # η of Eq. 7
 NUM_DRAWS = 2  # N, draws of (u, ε) behind every CFM loss
-MINIBATCH = 512  # samples of one gradient step of the actor, about
+MINIBATCH = 512  # samples of one gradient step of the actor, at least
 GAE_LAMBDA = 0.95  # λ of GAE, per decision; for --fresh-latents 0
 VALUE_LATENTS = 4  # fresh latents per state behind V(s); for --fresh-latents 0
 
@@ -46,7 +46,7 @@ class Args:
     rollout_decisions: int = 5  # T_rollout of Algorithm 1: decisions per environment and iteration
     window: int = 80  # iterations that the trajectory buffer keeps
     critic_warmup: int = 4  # first iterations that train the critics only
-    critic_steps: int = 160  # gradient steps of the critics per iteration
+    critic_steps: int = 160  # K_update of the critics: their gradient steps per iteration
     fresh_latents: int = 8  # latents per state the actor learns from, valued by critics; 0: executed, by GAE
     actor_states: int = 1600  # states of the window, per iteration, whose fresh latents the actor learns from
     actor_lr: float = 5e-4  # learning rate of θ (Adam)
@@ -54,12 +54,12 @@ class Args:
     critic_lr: float = 3e-3  # learning rate of φ (Adam)
     beta: float = 0.2  # β of Eq. 3, sharpness of the ratio
     clip_eps: float = 0.5  # ε of Eq. 4; inf leaves the clip out (Table II)
-    self_fit: float = 0.5  # κ, weight of ℓ_cfm of the actor's own latents, which the paper lacks; 0 is off
+    self_fit: float = 0.5  # κ, added to every ρ A: fits what the actor learns from (not in the paper); 0: off
     explore_steps: int = 0  # K of Eq. 7, latent exploration steps in training
     num_critics: int = 5  # M, members of the ensemble
     clamp_target: bool = True  # keep the target of Eq. 5 within [0, 1], where the return lies
     shuffle_advantages: bool = False  # permute the advantages: a control that must not learn
-    literal: bool = False  # --self-fit 0 --no-clamp-target --fresh-latents 0, no σ floor, stored V
+    literal: bool = False  # --self-fit 0 --no-clamp-target --fresh-latents 0, σ floor 1e-8, stored V
     base: str = "weights/aloha.safetensors"  # frozen policy: a file, or a π_0's folder or hub name
     pi0: Pi0Options = field(default_factory=Pi0Options)
     eval_every: int = 200_000  # control steps between evaluations
@@ -132,14 +132,14 @@ if __name__ == "__main__":
         logs = RunLogs(folder, args, saved)
 
         def play(policy, num_episodes):
-            """Evaluate on so many starts per task, which training never sees. -> success rate"""
+            """Evaluate on num_episodes starts per task, which training never sees. -> success rate"""
             steps = env_steps if policy in ("tuned", "zero noise") else 0
             who, where = (policy, policies[policy], base), (tasks, suite.starts[:num_episodes], suite.limit)
             return float(evaluate(*who, workers, *where, logs.episodes, steps)["success"].mean())
 
         @torch.no_grad()
         def loss_of_old(x, s, u, eps):
-            """ℓ_cfm(x | s; θ), before θ moves; in pieces, which is faster."""
+            """ℓ_cfm(x | s; θ_old), for θ has not moved yet; in pieces, which is faster."""
             pieces = zip(x.split(1024), s.split(1024), u.split(1024), eps.split(1024))
             return torch.cat([actor.cfm_loss(*piece) for piece in pieces])
 
@@ -165,10 +165,10 @@ if __name__ == "__main__":
                 x = actor.sample(s, FLOW_STEPS, noise=noise[:, :D])  # line 7: x^(0) ~ π_θ(· | s), (m, D)
                 x = actor.explore(x, s, args.explore_steps, EXPLORE_ETA)  # Eq. 7: x^(K), which is executed
                 a = base.decode(context, x, noise[:, D:])  # line 8, (m, chunk steps, A)
-                step = envs.step(a.cpu().numpy())  # line 9: a chunk, or h' steps of it where the episode ends
+                step = envs.step(a.cpu().numpy())  # line 9: h' steps, a chunk or to the episode's end
                 ended = step["terminated"] | step["truncated"]  # (m,), by success or crash | by time limit
                 row = dict(s=s, x=x, terminated=step["terminated"], ended=ended, num_steps=step["num_steps"])
-                # reward 1 at the first success: a decision's is Σ_{j<h'} γ^j r_{t+j}, its discount γ^h'
+                # reward 1 at the first success; a decision's is Σ_{j<h'} γ^j r_j, its discount γ^h'
                 row["discount"] = GAMMA ** step["num_steps"]
                 row["r"] = step["success"] * GAMMA ** (step["num_steps"] - 1.0)
                 s, context = base.encode(envs.observations)  # line 6, for the next decision
@@ -184,10 +184,10 @@ if __name__ == "__main__":
                 bar.update(ranks.WORLD * int(step["num_steps"].sum()))
             batch = {k: torch.stack([row[k] for row in rows]) for k in rows[0]}
             batch = ranks.of_all(batch)  # (T, E, …)
-            episodes = sorted(sum(ranks.gathered(episodes), []))
+            episodes = sorted(sum(ranks.gathered(episodes), []))  # by (t, environment), as in one process
             env_steps += int(batch.pop("num_steps").sum())
             recent.extend(success for _, _, success, _, _ in episodes)
-            if not args.fresh_latents:  # line 10, with the draws of Eq. 2, which the window keeps
+            if not args.fresh_latents:  # line 10, with the draws, which Eq. 2 needs again
                 u, eps = draw_flow_noise(T * E, NUM_DRAWS, D, generator, device)
                 cfm_init = loss_of_old(batch["x"].flatten(0, 1), batch["s"].flatten(0, 1), u, eps)
                 batch |= dict(u=u.view(T, E, -1), eps=eps.view(T, E, -1, D), cfm_init=cfm_init.view(T, E))
@@ -196,7 +196,7 @@ if __name__ == "__main__":
 
             # ---- update phase (lines 13-28): all critic steps, then the advantages, then the actor ----
             torch.set_num_threads(min(ranks.CPUS, 4))
-            w = {k: buffer.flat(k) for k in batch}  # the window's samples, oldest iteration first, (n, …)
+            w = {k: buffer.flat(k) for k in batch}  # the window, (n, …), n = W T E
             n, critic_losses, infos = len(w["r"]), [], []
             # lines 17-18: x' ~ π_θ(· | s'), (n, D), once for all critic steps, in which θ rests
             x_next = actor.sample(w["s_next"], FLOW_STEPS, generator)
@@ -225,20 +225,20 @@ if __name__ == "__main__":
                 s_a, x_a, u, eps, cfm_init = w["s"], w["x"], w["u"], w["eps"], w["cfm_init"]
                 both = torch.cat([w["s"], w["s_next"]]).repeat_interleave(VALUE_LATENTS, 0)
                 x_s, x_s_next = actor.sample(both, FLOW_STEPS, generator).view(2, n, VALUE_LATENTS, D)
-                # V from fresh latents: "reuse stored latents", to the letter, makes V(s) = Q(s, x)
+                # V from fresh latents: with the stored one V(s) is Q(s, x), which leaves no advantage
                 w["value_next"] = fresh_value(critic, w["s_next"], x_s_next)
                 w["value"] = fresh_value(critic, w["s"], x_s)
-                if args.literal:  # "reuse stored latents": then V(s) is Q(s, x)
+                if args.literal:  # Sec. III-B c: "reuse stored latents"
                     w["value"] = stored_value(critic, w["s"], w["x"])
                 columns = "r", "value", "value_next", "discount", "terminated", "ended"
-                r, value, value_next, *ends = (buffer.trajectories(w[k]) for k in columns)
-                # V(s_{t+1}) is the next row's V(s_t), except at the end of an episode or iteration
-                value_next[:-1] = torch.where(ends[2][:-1] > 0, value_next[:-1], value[1:])
-                adv = buffer.samples(gae(r, value, value_next, *ends, GAE_LAMBDA))
-                adv = (adv - adv.mean()) / (adv.std(correction=0) + 1e-4)
+                r, value, value_next, *rest = (buffer.trajectories(w[k]) for k in columns)
+                # one V a state, so that δ telescopes, but for the last s' of an episode or iteration
+                value_next[:-1] = torch.where(rest[-1][:-1] > 0, value_next[:-1], value[1:])
+                adv = buffer.samples(gae(r, value, value_next, *rest, GAE_LAMBDA))
+                adv = (adv - adv.mean()) / (adv.std(correction=0) + 1e-4)  # the paper: in each minibatch
             if args.shuffle_advantages:
                 adv = adv[torch.randperm(len(adv), generator=generator, device=device)]
-            adv = adv.clamp_min(-1)  # no latent is pushed away harder (not in the paper)
+            adv = adv.clamp_min(-1)  # bounds un-fitting (not in the paper)
 
             # lines 22-27: the actor, once through its samples
             to_go = max(0.0, 1 - steps_before / args.total_env_steps) if args.anneal_lr else 1.0
@@ -249,7 +249,7 @@ if __name__ == "__main__":
                 cfm = actor.cfm_loss(x_a[i], s_a[i], u[i], eps[i])  # line 23: ℓ_cfm(x | s; θ), (b,)
                 # lines 23-25 and 27, Eq. 2-4
                 loss, info = fpo_loss(cfm, cfm_init[i], adv[i], args.beta, args.clip_eps, sigma_floor)
-                # in units of an advantage; without it the field drifts from what the actor samples
+                # adds κ to every ρ A; without it the field drifts from what the actor samples
                 loss = loss + args.self_fit * info.pop("slope") * cfm.mean()
                 actor_adam.zero_grad()
                 loss.backward()
@@ -263,7 +263,7 @@ if __name__ == "__main__":
             # ---- log, evaluate, save ----
             with torch.no_grad():
                 q = critic(batch["s"].flatten(0, 1), batch["x"].flatten(0, 1))  # (M, T E)
-            row = {
+            scalars = {
                 "iteration": iteration,
                 "charts/env_steps": env_steps,
                 "charts/success": mean(recent),
@@ -278,18 +278,18 @@ if __name__ == "__main__":
                 "latent/norm": batch["x"].norm(dim=-1).mean().item(),
             }
             for key in infos[0] if infos else ():
-                row[f"losses/{key}"] = torch.stack([info[key] for info in infos]).mean().item()
-            check_finite(row, folder)
+                scalars[f"losses/{key}"] = torch.stack([info[key] for info in infos]).mean().item()
+            check_finite(scalars, folder)
             bar.n = env_steps
             bar.set_postfix(success=f"{mean(recent):.2f}" if recent else "-")
             last = env_steps >= args.total_env_steps
             due = last or env_steps // args.eval_every > steps_before // args.eval_every
             if due:
                 num_episodes = args.eval_episodes if last else (args.eval_episodes + 1) // 2
-                row["eval/success"] = play("tuned", num_episodes)
+                scalars["eval/success"] = play("tuned", num_episodes)
             if last:
                 play("zero noise", args.eval_episodes)
-            logs.write(row, env_steps)
+            logs.write(scalars, env_steps)
             checkpoint = {name: part.state_dict() for name, part in learners.items()}
             checkpoint |= dict(iteration=iteration, env_steps=env_steps, recent=list(recent))
             checkpoint |= dict(generator=generator.get_state(), buffer=buffer.iterations, logs=logs.rows())

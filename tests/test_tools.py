@@ -256,8 +256,8 @@ def test_tables_of_the_ablations(tmp_path):
         to_90 = "" if seed == 3 else 100_000 + 1000 * seed
         lines += [f"aloha_no_clip,{seed},base,0,20,50,"]
         lines += [f"aloha_no_clip,{seed},tuned,{k},{count},50,{to_90}" for k, count in enumerate(counts)]
-        for steps in (200, 600, 700, 800):
-            points.append(f"aloha_no_clip,{seed},{steps},{0.9 + seed / 100 if steps > 600 else 0.2},5")
+        for steps in (200, 600, 700, 803):
+            points.append(f"aloha_no_clip,{seed},{steps}000,{0.9 + seed / 100 if steps > 600 else 0.2},5")
     (tmp_path / "runs.csv").write_text("\n".join(lines) + "\n")
     (tmp_path / "runs_curves.csv").write_text("\n".join(points) + "\n")
     write_ablations(tmp_path / "runs.csv")

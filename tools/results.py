@@ -221,10 +221,11 @@ def write_ablations(path):
             cells[row].append(text + some)
     rows, head = [], "seeds | a quarter | half | all | thousand steps to 90 % | training, last quarter, %"
     for row, (label, paper) in TABLE_2.items():
-        if f"aloha_{row}" in cells:
-            rows.append([label, "ALOHA, 0.8 M steps", *cells[f"aloha_{row}"], ""])
-        if f"butter_{row}" in cells:
-            rows.append([label, "butter/tray, 0.25 M", *cells[f"butter_{row}"], str(paper)])
+        for task, name in (("aloha", "ALOHA"), ("butter", "butter/tray")):
+            if (key := f"{task}_{row}") in cells:
+                steps = max(curve[0][-1] for curve in curves[key].values()) // 50_000 / 20
+                value = str(paper) if task == "butter" else ""
+                rows.append([label, f"{name}, {steps:.2g} M steps", *cells[key], value])
     publish(path.with_name("table2.md"), f"row | task | {head} | latents' norm | paper, butter/tray", rows)
     extras = [entry.split(": ", 1) for entry in EXTRAS.replace("\n", " ").split("; ")]
     rows = [[label, *cells[f"short_{row}"]] for row, label in extras if f"short_{row}" in cells]
