@@ -2,6 +2,7 @@
 
 import sys
 from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -62,7 +63,7 @@ def test_cloning_makes_a_base_that_loads(demonstrations):
 @pytest.mark.slow
 def test_each_reach_works_for_a_part_of_the_starts_and_its_clone(tmp_path):
     """Short and far reaches are shown from every start; hardly ever both fail, and neither always works."""
-    flags = "--task-ids 56 --num-demos 24 --push 0 --out demos.npz --video demos.mp4"
+    flags = "--task-ids 56 --num-demos 24 --push 0 --short 4.1 4.2 --out demos.npz --video demos.mp4"
     result = tool("demo_libero", tmp_path, *flags.split())
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "demos.mp4").stat().st_size > 10_000
@@ -79,6 +80,22 @@ def test_each_reach_works_for_a_part_of_the_starts_and_its_clone(tmp_path):
     assert result.returncode == 0, result.stderr
     base = FlowBase.load(tmp_path / "base.safetensors", task="libero_90_task56")
     assert base.header["task_ids"] == [56] and base.header["success"]["gaussian"]["episodes"] == 1
+
+
+def test_the_search_for_the_edges_finds_them():
+    """Of two tasks with known edges, where an episode in twenty ends by chance."""
+    import demo_libero
+
+    rng, known = np.random.default_rng(0), {3: [0.012, 0.05], 7: [0.081, 0.033]}
+
+    def play(_, tasks, starts, aims, *rest):
+        right = [s < known[k][j % 2] for j, (k, (s, _, wrong)) in enumerate(zip(tasks, aims)) if wrong == 0]
+        return [dict(success=good ^ (rng.random() < 0.05)) for good in right]
+
+    suite = SimpleNamespace(tasks=[3, 7], limit=300, draw_start=lambda rng: None)
+    args = SimpleNamespace(suite="libero_goal", seed=0)
+    found = demo_libero.edges(SimpleNamespace(map=play), args, suite)
+    assert all(np.allclose(found[k], known[k], atol=0.003) for k in known)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -321,7 +338,7 @@ BAD = {  # command: what its sentence says
     "demo_aloha --out junk.npz": ["--out junk.npz exists", "--overwrite"],
     "demo_libero --suite libero_goal --task-ids 12": ["--task-ids has 12", "0 to 9"],
     "demo_libero --push 2": ["--push is 2"],
-    "demo_libero --task-ids 3": ["--task-ids has 3", "[56]"],
+    "demo_libero --short 4 20": ["--short is 4.0 20.0", "at most 10"],
     "demo_libero --table-states 51": ["--table-states is 51"],
     "demo_libero --table --out junk.npz": ["--out junk.npz exists", "--overwrite"],
     "clone_base --steps -3": ["--steps is -3"],

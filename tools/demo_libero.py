@@ -27,31 +27,10 @@ import numpy as np
 
 from envs import libero, load_suite
 from envs.workers import Workers
-from support.flags import parse_args, stop
+from support.flags import parse_args
 from support.logs import rate, write_table
 
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
-# How much too short the first reach of each task goes (cm), the hand pointing ahead, and back: to the edge of
-# where the grasp still holds
-SHORT = dict(
-    libero_spatial=(
-        [5.6, 5.2, 5.5, 5.1, 2.3, 4.7, 4.5, 4.5, 5.1, 5.3],
-        [4.3, 4.4, 5.6, 6.3, 2.6, 2.8, 2.1, 4.8, 5.7, 6.1],
-    ),
-    libero_object=(
-        [2.5, 4.6, 2.7, 1.4, 3.1, 2.5, 3.6, 2.9, 3.6, 3.2],
-        [3.2, 4.3, 4.7, 2.8, 2.5, 3.4, 4.8, 3.0, 4.9, 3.8],
-    ),
-    libero_goal=(
-        [5.0, 5.2, 1.6, 5.0, 5.1, 1.1, 3.8, 3.9, 4.8, 1.8],
-        [5.2, 4.2, 2.4, 5.0, 4.7, 1.6, 5.2, 6.3, 3.8, 2.0],
-    ),
-    libero_10=(
-        [3.0, 2.2, 4.2, 4.9, 5.4, 5.8, 2.5, 2.1, 8.1, 2.2],
-        [2.9, 3.3, 7.7, 4.9, 4.8, 7.0, 5.8, 3.1, 8.2, 3.0],
-    ),
-    libero_90=({56: 4.1}, {56: 4.2}),
-)
 OPEN, CLOSED = -1.0, 1.0
 GAIN = 20.0  # of the position command: full speed (1) is 5 cm off
 # Grasped at the rim, so far from the centre (metres); everything else is grasped across its narrow side
@@ -68,6 +47,7 @@ PLATE_RIM = 0.062  # m from the middle of a plate
 TILT = 0.25  # rad, by which the hand points ahead or back
 WRONG = 10.0  # centimetres that the reach is led astray for each that the hand starts too high or low
 POINTS = 5.0  # rad by which it points back for each metre of that, so that its pose shows it on the way
+ROUNDS, CHANCE = 20, 0.08  # of the search for the edges: episodes, and how often one ends by chance
 # Where a hand that points ahead (0) or back (1) cannot grip: it points down
 UPRIGHT = {("libero_goal", 5): 0, ("libero_goal", 7): 0, ("libero_spatial", 6): 1}
 APART = 0.052  # m from the middle of a place that two objects share
@@ -555,6 +535,9 @@ class Args:
     task_ids: str = "all"  # tasks of the suite: numbers with commas, or all
     num_demos: int = 800  # number of demonstrations a task
     seed: int = 0  # of placements, behaviours and noise
+    short: tuple[float, float] | None = (
+        None  # cm that its first reach falls short, ahead and back; found if left out
+    )
     push: float = 0.6  # largest amplitude of the pushes on executed commands; 1 is full speed
     workers: int = 2  # simulator processes
     out: Path | None = None  # demos/<suite>[_task<ids>].npz, or demonstrators.csv of results/
@@ -588,25 +571,52 @@ def table(args):
     print(f"wrote {args.out}")
 
 
+def tilt_of(args, task, behaviour):
+    return 0.0 if UPRIGHT.get((args.suite, task)) == behaviour else (-TILT, TILT)[behaviour]
+
+
+def edges(workers, args, suite):
+    """How much too short (m) the first reach of each behaviour may fall for half of the grasps to hold, the
+    start's height counting nothing, without pushes. Bisection by noisy answers: every episode, from a start
+    of its own, tells on which side of the median the edge lies. -> {task: [ahead, back]}"""
+    tasks, shorts = np.repeat(suite.tasks, 2), np.linspace(0, 0.1, 201)
+    rng, n = np.random.default_rng([2, args.seed, 0]), len(tasks)
+    likely = np.ones((n, len(shorts)))
+    for i in range(ROUNDS + 1):
+        share = likely.cumsum(1) / likely.sum(1, keepdims=True)
+        median = shorts[(share < 0.5).sum(1)]
+        if i < ROUNDS:
+            aims = [(s, tilt_of(args, k, j % 2), 0.0) for j, (k, s) in enumerate(zip(tasks, median))]
+            starts, seeds = [suite.draw_start(rng) for _ in tasks], [[2, args.seed, i]] * n
+            same = [suite.limit] * n, [20] * n, [0.0] * n, [False] * n
+            results = workers.map(demonstrate, tasks, starts, aims, seeds, *same)
+            held = np.array([bool(result and result["success"]) for result in results])
+            likely *= np.where((shorts > median[:, None]) == held[:, None], 1 - CHANCE, CHANCE)
+    return dict(zip(suite.tasks, median.reshape(-1, 2).tolist()))
+
+
 def make_demos(args, suite):
     """Demonstrations of several tasks, every start with both behaviours. -> dict of arrays, all steps one
     after the other: observations (N, S), actions (N, 7), pushed (N,), and per episode: length, task_id,
     success, behaviour (0 ahead, 1 back); and films of the first two episodes, [(task, frames (T, F))]."""
     tasks, starts, aims, seeds = [], [], [], []
-    for k in suite.tasks:
-        rng = np.random.default_rng([2, args.seed, k, 0])  # 2: demonstrations; 1 is training
-        for i in range(args.num_demos):
-            if i % 2 == 0:
-                start = suite.draw_start(rng)
-            tasks.append(k)
-            starts.append(start)
-            tilt = 0.0 if UPRIGHT.get((args.suite, k)) == i % 2 else (-TILT, TILT)[i % 2]
-            aims.append((SHORT[args.suite][i % 2][k] / 100, tilt, (WRONG, -WRONG)[i % 2]))
-            seeds.append([2, args.seed, k, i + 1])
-    n = len(tasks)
-    same = [suite.limit] * n, [20] * n, [args.push] * n, [args.video is not None and i < 2 for i in range(n)]
     with Workers(suite.build, suite.tasks, args.workers, timeout=3600) as workers:
-        jobs = tasks, starts, aims, seeds, *same
+        short = dict.fromkeys(suite.tasks, [x / 100 for x in args.short or ()])
+        if not args.short:
+            short = edges(workers, args, suite)
+            print("falls short by (cm):", {k: [round(100 * x, 2) for x in pair] for k, pair in short.items()})
+        for k in suite.tasks:
+            rng = np.random.default_rng([2, args.seed, k, 0])  # 2: demonstrations; 1 is training
+            for i in range(args.num_demos):
+                if i % 2 == 0:
+                    start = suite.draw_start(rng)
+                tasks.append(k)
+                starts.append(start)
+                aims.append((short[k][i % 2], tilt_of(args, k, i % 2), (WRONG, -WRONG)[i % 2]))
+                seeds.append([2, args.seed, k, i + 1])
+        n = len(tasks)
+        films = [args.video is not None and i < 2 for i in range(n)]
+        jobs = tasks, starts, aims, seeds, [suite.limit] * n, [20] * n, [args.push] * n, films
         results = workers.map(demonstrate, *jobs, description="demonstrations")
     kept = [i for i, result in enumerate(results) if result]
     columns = {name: [results[i][name] for i in kept] for name in results[kept[0]]}
@@ -622,6 +632,7 @@ def run(args):
     shared.check_limits(args, "table_states", 1, libero.OFFICIAL_STATES)
     shared.check_limits(args, "seed", 0)
     shared.check_limits(args, "push", 0, 1)
+    shared.check_limits(args, "short", 0, 10)
     if args.out is None:
         name = args.suite if args.task_ids == "all" else f"{args.suite}_task{args.task_ids.replace(',', '_')}"
         args.out = Path("results/libero/demonstrators.csv" if args.table else f"demos/{name}.npz")
@@ -629,10 +640,6 @@ def run(args):
     suite = load_suite(args.suite, args.task_ids, pictures=args.video is not None)
     if args.table:
         return table(args)
-    known = shared.tasks_of(args.suite)
-    for k in suite.tasks:
-        if k not in known:
-            stop(f"--task-ids has {k}, which is not shown; of {args.suite} there are {known}")
     demos, films = make_demos(args, suite)
     parts = {}
     for k in suite.tasks:

@@ -67,7 +67,7 @@ def write_demos(args, tool, demos, success):
     hidden = ("workers", "out", "overwrite", "video", "table", "table_states")  # change nothing in the arrays
     settings = {k: v for k, v in vars(args).items() if k not in hidden}
     values = {k: " ".join(map(str, v)) if isinstance(v, tuple) else v for k, v in settings.items()}
-    flags = [f"--{k.replace('_', '-')} {v}" for k, v in values.items()]
+    flags = [f"--{k.replace('_', '-')} {v}" for k, v in values.items() if v is not None]
     settings["command"] = " ".join([f"python tools/{tool}.py", *flags, f"--out {args.out.as_posix()}"])
     settings["success"] = {}
     for part, good in success.items():
