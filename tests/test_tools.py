@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, assert_refused, here, rows, script
+from helpers import ROOT, SMALL, assert_refused, here, rows, script
 
 from base.flow import FlowBase
 from envs.aloha import evaluation_poses
@@ -217,47 +217,14 @@ def test_the_latent_density_of_sac_is_that_of_a_squashed_gaussian():
     assert torch.allclose(actor.mode(s), 2 * torch.tanh(mean / 2))
 
 
+@pytest.mark.slow
 def test_pictures_of_a_finished_run(tmp_path):
-    result = tool("plots", tmp_path, "--latents", ROOT / "results/libero/butter_seed1", "--out", tmp_path)
+    flags = [*SMALL, "--total-env-steps", 1, "--run-name", "short"]
+    assert script("train_aloha.py", tmp_path, *flags).returncode == 0
+    result = tool("plots", tmp_path, *"--latents runs/short --episodes 4 --out .".split())
     assert result.returncode == 0, result.stderr
-    for name in ("fig7_libero_90.png", "fig7_libero_90.svg"):
+    for name in ("fig7_aloha.png", "fig7_aloha.svg"):
         assert (tmp_path / name).stat().st_size > 10_000, name
-
-
-def test_bootstrap_against_another_library():
-    """The basic interval of a variance, one latent an episode, as scipy has it; the same with all twice."""
-    from plots import bootstrap
-    from scipy import stats
-
-    x, episode = np.random.default_rng(0).exponential(size=(40, 1)), np.arange(40)
-    rng = np.random.default_rng(1)
-    options = dict(method="basic", n_resamples=9999, random_state=2)
-    expected = stats.bootstrap((x[:, 0],), np.var, **options).confidence_interval
-
-    def variance(group):
-        return group[0].var(0).mean()
-
-    for group in ((x, episode), (np.repeat(x, 2, 0), np.repeat(episode, 2))):
-        value, low, high = bootstrap(variance, group, rng)
-        assert value == pytest.approx(x.var()) and (low, high) == pytest.approx(tuple(expected), abs=0.15)
-    assert np.isnan(bootstrap(variance, (x[:4], episode[:4]), rng)[1:]).all()
-
-
-def test_autocorrelation_of_a_known_process():
-    """x_t = 0.6 x_(t-1) + noise has correlation 0.6^lag, whatever mean every decision number has; episodes
-    end at different times."""
-    from plots import LAGS, autocorrelation
-
-    rng = np.random.default_rng(0)
-    n, T, D = 400, 12, 5
-    x = np.zeros((n, T, D))
-    x[:, 0] = rng.standard_normal((n, D))
-    for t in range(1, T):
-        x[:, t] = 0.6 * x[:, t - 1] + 0.8 * rng.standard_normal((n, D))
-    episode, chunk = np.indices((n, T))
-    kept = chunk < rng.integers(6, T + 1, size=(n, 1))
-    found = autocorrelation(((x + 3 * rng.standard_normal((T, D)))[kept], 7 * episode[kept], chunk[kept]))
-    assert np.allclose(found, 0.6**LAGS, atol=0.05)
 
 
 def test_tables_of_the_ablations(tmp_path):
@@ -325,8 +292,6 @@ BAD = {  # command: what its sentence says
     "train_sac --task libero_90_task56 --eval-episodes 51": ["--eval-episodes is 51", "50"],
     "watch_memory 1 nofolder/x.csv": ["a file to write"],
     "plots --latents nowhere --out .": ["--latents", "nowhere"],
-    "plots --exploration nowhere --out .": ["--exploration", "nowhere"],
-    f"plots --exploration {RESULTS}/libero/butter_seed1 --out .": ["has no perturbations", "--explore-steps"],
     f"plots --latents {RESULTS}/aloha/seed1 --out .": ["--latents", "step*.pt"],
     "plots --strip nowhere --out .": ["--strip is nowhere"],
     "plots --strip nowhere --out junk.npz": ["--out is junk.npz", "folder"],

@@ -1,37 +1,35 @@
 """The paper's figures from finished runs, no training: PNG and SVG.
 
-    python tools/plots.py                                           # those of results/, but for the strips
+    python tools/plots.py                                           # those of results/ that need no episodes
     python tools/plots.py --latents runs/<name> --out pictures      # Fig. 7: latents of base and tuned actor
-    python tools/plots.py --exploration runs/<name> --out pictures  # is Eq. 7 correlated in time, with K > 0?
     python tools/plots.py --strip runs/<name> --out pictures        # Fig. 4a, 6: photographs (needs EGL)
 
-The last three play episodes with checkpoints step*.pt of a run, or read latents.npz, which older runs have.
+The last two play episodes with the checkpoints step*.pt of a run.
 """
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from shared import ROOT  # first: it makes the folder above known
+from shared import ROOT, check_limits  # first: it makes the folder above known
 import matplotlib.pyplot as plt
 import numpy as np
 
 from results import COLORS, TABLE_2, evaluations, on_common_states, t_half, training_curves
-from run_ablations import read_table, write_table
+from run_ablations import read_table
 from support.flags import parse_args, stop
 from support.run_files import check_same, load_checkpoint, make_out_folder
 
 BLUE, RED, GREEN, GREY = "#332288", "#cc6677", "#117733", "0.4"  # Paul Tol's, safe for colour-blind readers
 plt.switch_backend("Agg")  # draws to files, whatever screen there is
 POINTS = 400  # of a group in a t-SNE
-LAGS = np.arange(6)  # decisions
 
 
 @dataclass
 class Args:
     latents: tuple[Path, ...] = ()  # run folders
-    exploration: tuple[Path, ...] = ()  # run folders, with --explore-steps above 0
     strip: tuple[Path, ...] = ()  # run folders
+    episodes: int = 50  # evaluation episodes that these two play with each checkpoint
     out: Path | None = None  # where the pictures go; without any of these folders results/figures
 
 
@@ -120,81 +118,54 @@ def draw_ablations(out, path):
     save(figure, out, "table2")
 
 
-def play_run(folder, flag, record=False):
-    """50 evaluation episodes with a run's untrained actor and with those of its checkpoints; `record`: of one
-    half way and the last, with frames. -> suite, results of evaluate() with env_steps and Eq. 7's shift"""
+def play_run(folder, flag, episodes, record=False):
+    """Evaluation episodes with a run's untrained actor and with those of its checkpoints; `record`: of one
+    half way and the last, with frames. -> suite, results of evaluate() with env_steps"""
     from base import Pi0Options, load_base
     from envs import cloned_tasks, load_suite
     from envs.workers import Workers
     from evaluate import evaluate, latents_of
     from fpo_actor import FlowActor
     from support.ranks import SIMULATORS, connect
-    from train_aloha import EXPLORE_ETA
 
     paths, results = sorted(folder.glob("step*.pt")), []
     try:
-        K = json.loads((folder / "args.json").read_text())["args"]["explore_steps"]
         paths = [paths[(len(paths) - 1) // 2], paths[-1]] if record else paths
         saved = [load_checkpoint(path, flag) for path in paths]
         made, options = saved[0], Pi0Options(**saved[0]["pi0"])
     except (OSError, ValueError, KeyError, IndexError):
-        stop(
-            f"{flag} is {folder}, where args.json or step*.pt is missing or old; give a finished run's folder"
-        )
+        stop(f"{flag} is {folder}, where step*.pt is missing or old; give a finished run's folder")
     pictures = record or not made["base"].endswith(".safetensors")
     suite = load_suite(made["suite"] or "aloha", made["task_ids"], pictures)
     base = load_base(made["base"], options, suite, connect("auto"))
     check_same(made, dict(base_sha256=base.sha256), folder, flag)
     tasks, actor = cloned_tasks(suite, base), FlowActor(base.state_dim, base.latent_dim).to(base.device)
-    starts = suite.starts[: -(-50 // len(tasks))]
+    starts = suite.starts[: -(-episodes // len(tasks))]
     with Workers(suite.build, tasks, SIMULATORS, base.pictures) as workers:
         for content in (dict(actor=actor.state_dict(), env_steps=0), *saved):  # the untrained one first
             actor.load_state_dict(content["actor"])
-            shifts, played = [], (base, workers, tasks, starts, suite.limit)
-
-            def latents(s, noise):
-                x = latents_of(actor, made["flow_steps"])["tuned"](s, noise)
-                shifts.append((actor.explore(x, s, K, EXPLORE_ETA) - x).cpu().numpy())
-                return x
-
-            result = evaluate("tuned", latents, *played, env_steps=content["env_steps"], record=record)
-            shifts = [x[:k] for x, k in zip(np.stack(shifts, 1), result["decisions"])]
-            results.append(dict(result, env_steps=content["env_steps"], shift=shifts))
+            latents, where = latents_of(actor, made["flow_steps"])["tuned"], (tasks, starts, suite.limit)
+            result = evaluate("tuned", latents, base, workers, *where, record=record)
+            results.append(dict(result, env_steps=content["env_steps"]))
     return suite, results
 
 
-def read_latents(folder, flag):
-    """Latents of a run's evaluations. -> a dict of arrays: x and shift, x^(K) - x^(0), (n, D); step, episode,
-    chunk, success (n,). An episode of one number is one case, whoever has played it."""
-    path, parts = folder / "latents.npz", []
-    if path.exists():
-        try:
-            file = dict(np.load(path))
-            file["episode"] += 1000 * file.get("task_id", 0)
-            return dict(file, x=file["x0"], shift=file["xK"] - file["x0"], step=file["env_steps"])
-        except Exception as error:
-            stop(f"{flag}: {path} cannot be read ({error}); give the folder of a finished run")
-    for result in play_run(folder, flag)[1]:
-        n, episode = result["decisions"], result["episode"] + 1000 * result["task"]
-        step, chunks = np.full(len(n), result["env_steps"]), [*map(np.arange, n)]
-        part = [np.repeat(column, n) for column in (episode, step, result["success"])]
-        parts.append(part + [*map(np.concatenate, (result["drawn"], result["shift"], chunks))])
-    return dict(zip("episode step success x shift chunk".split(), map(np.concatenate, zip(*parts))))
-
-
-def draw_groups(out, folder):
+def draw_groups(out, folder, episodes):
     """Fig. 7: t-SNE, PCA, norms and variance of each dimension of the paper's groups."""
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
-    latents, rng, groups = read_latents(folder, "--latents"), np.random.default_rng(0), []
-    step, success = latents["step"], latents["success"]
-    first, last = step == step.min(), step == step.max()
-    names = "base", "failed, partly trained", "successful, trained"
-    masks = first, ~(success | first | last), success & last
-    for name, which, color in zip(names, masks, (BLUE, RED, GREEN)):
-        x, n = latents["x"][which], len(np.unique(latents["episode"][which]))
-        groups += [(x, color, f"{name} ({min(len(x), POINTS)}, {n} episodes)")] if n else []
+    suite, results = play_run(folder, "--latents", episodes)
+    rng, groups = np.random.default_rng(0), []
+    for name, runs, kind, color in (
+        ("base", results[:1], (False, True), BLUE),
+        ("failed, partly trained", results[1:-1], (False,), RED),
+        ("successful, trained", results[-1:], (True,), GREEN),
+    ):
+        drawn = [x for run in runs for x, good in zip(run["drawn"], run["success"]) if good in kind]
+        if drawn:
+            x = np.concatenate(drawn)
+            groups.append((x, color, f"{name} ({min(len(x), POINTS)}, {len(drawn)} episodes)"))
     shown = [x[rng.permutation(len(x))[:POINTS]] for x, *_ in groups]
     together, ends = np.concatenate(shown), np.cumsum(list(map(len, shown)))[:-1]
     figure, panels = plt.subplots(1, 4, figsize=(12, 3.2))
@@ -208,79 +179,18 @@ def draw_groups(out, folder):
         panels[3].plot(np.arange(1, x.shape[1] + 1), x.var(0), color=color, marker="o", ms=3, lw=1)
     panels[2].set(xlabel="norm of a latent", ylabel="density")
     panels[3].set(xlabel="latent dimension", ylabel="variance", ylim=(0, None))
-    name = "libero_90" if folder.name == "butter_seed1" else folder.name
     title = "the paper's groups, which differ in training as well as in success (Fig. 7)"
-    figure.suptitle(f"{name}: {title}", fontsize=9)
+    figure.suptitle(f"{suite.name}: {title}", fontsize=9)
     style = dict(ncol=3, loc="lower center", markerscale=2, frameon=False, bbox_to_anchor=(0.27, -0.02))
     figure.legend(*panels[0].get_legend_handles_labels(), fontsize=7, **style)
-    save(figure, out, f"fig7_{name}")
+    save(figure, out, f"fig7_{suite.name}")
 
 
-def bootstrap(statistic, group, rng):
-    """A statistic of a group and its 95 % interval, episodes resampled whole. -> (value, low, high), NaN for
-    fewer than 5 episodes. group: arrays of n rows, of which the second has the episodes' numbers.
-    The basic interval, 2 v - quantile: a resample is to the sample as that to the truth, even if biased."""
-    x, episode, *others = group
-    rows, value, values = [np.flatnonzero(episode == e) for e in np.unique(episode)], statistic(group), []
-    if len(rows) < 5:
-        return value, np.nan, np.nan
-    for _ in range(1000):
-        drawn = [rows[j] for j in rng.integers(len(rows), size=len(rows))]
-        i = np.concatenate(drawn)
-        number = np.repeat(np.arange(len(drawn)), [*map(len, drawn)])  # one that is drawn twice is two
-        values.append(statistic((x[i], number, *(column[i] for column in others))))
-    return value, *(2 * value - np.nanquantile(values, [0.975, 0.025], axis=0))
-
-
-def autocorrelation(group):
-    """Correlation of the vectors of decisions t and t + lag of one episode, (len(LAGS),), without the mean of
-    every decision number over the episodes. group: (vectors, episode, chunk) of one evaluation"""
-    x, episode, chunk = group
-    place = np.unique(episode, return_inverse=True)[1], chunk
-    table = np.full((place[0].max() + 1, chunk.max() + 1, x.shape[1]), np.nan)  # episodes, decisions, D
-    table[place] = x
-    known, n = np.isfinite(table[..., 0]), table.shape[1]
-    table -= np.nansum(table, 0) / np.maximum(known.sum(0), 1)[:, None]
-    products = [(table[:, : n - lag] * table[:, lag:]).sum(-1) for lag in LAGS]
-    means = [np.nanmean(p) if np.isfinite(p).any() else np.nan for p in products]
-    return np.array(means) / means[0]
-
-
-def draw_exploration(out, folder):
-    """Are the perturbations of Eq. 7 correlated over an episode, as Sec. III-B d says? -> rows of a table"""
-    latents, rows = read_latents(folder, "--exploration"), []
-    if not latents["shift"].any():
-        stop(f"--exploration: {folder} has no perturbations; give a run with --explore-steps above 0")
-    figure, panels = plt.subplots(1, 2, figsize=(8, 3.1), sharey=True)
-    for panel, step in zip(panels, (latents["step"].min(), latents["step"].max())):
-        now = {key: column[latents["step"] == step] for key, column in latents.items()}
-        x, shift, n, rng = now["x"], now["shift"], len(np.unique(now["episode"])), np.random.default_rng
-        for name, vectors, color in ("x(0)", x, GREY), ("x(K) - x(0)", shift, BLUE), ("x(K)", x + shift, RED):
-            if not vectors.any():  # the untrained actor on the midpoint grid moves nothing
-                continue
-            found = bootstrap(autocorrelation, (vectors, now["episode"], now["chunk"]), rng(0))
-            found, size = np.array(found), np.linalg.norm(vectors, axis=1).mean()
-            style = dict(marker="o", ms=3, lw=1.2, label=name.replace("(", "$^{(").replace(")", ")}$"))
-            lags, half = LAGS + 0.06 * len(panel.lines) / 3, np.abs(found[1:] - found[0])
-            panel.errorbar(lags, found[0], half, color=color, **style)
-            for lag in LAGS[1:]:
-                rows.append([folder.name, step, name, lag, *map("{:.4g}".format, (size, *found[:, lag])), n])
-        panel.axhline(0, color="0.6", lw=0.8)
-        panel.set(xlabel="lag (decisions)", title=f"{step / 1e6:.2f} M steps, {n} episodes")
-        panel.title.set_fontsize(9)
-    panels[0].set(ylabel="correlation", ylim=(-0.3, 1.05))
-    panels[1].legend(fontsize=7, frameon=False)
-    title = "is Eq. 7 correlated in time? Bars: 95 % bootstrap over episodes"
-    figure.suptitle(f"{folder.name.replace('_', ' ')}: {title}", fontsize=9)
-    save(figure, out, f"exploration_{folder.name}")
-    return rows
-
-
-def draw_strip(out, folder, columns=6):
+def draw_strip(out, folder, episodes, columns=6):
     """Frames of an episode at 0, half and full training, where the base fails and the last actor succeeds."""
     from envs.workers import Workers
 
-    suite, results = play_run(folder, "--strip", record=True)
+    suite, results = play_run(folder, "--strip", episodes, record=True)
     chosen = np.flatnonzero(~results[0]["success"] & results[-1]["success"])
     if not len(chosen):
         stop(f"--strip is {folder}, where no episode fails with the base and succeeds with the trained actor")
@@ -302,21 +212,17 @@ def draw_strip(out, folder, columns=6):
 
 if __name__ == "__main__":
     args, results = parse_args(Args, __doc__), ROOT / "results"
-    everything = not (args.latents or args.exploration or args.strip)
+    everything = not (args.latents or args.strip)
     if args.out is None and not everything:
         stop("--out is missing: results/figures has the pictures of other runs; give a folder for these")
     args.out = args.out or results / "figures"
+    check_limits(args, "episodes", 1)
     make_out_folder(args.out)
     if everything:
-        args.latents, args.exploration = [results / "libero/butter_seed1"], results.glob("former/*k4_*")
         draw_curves(args.out, "fig4b_aloha", "aloha/seed*", "ALOHA Transfer Cube (Fig. 4b)")
         draw_curves(args.out, "fig3_libero_spatial", "libero/libero_spatial_seed*", "LIBERO-Spatial")
         draw_ablations(args.out, results / "former" / "runs_curves.csv")
     for folder in args.strip:
-        draw_strip(args.out, folder)
+        draw_strip(args.out, folder, args.episodes)
     for folder in args.latents:
-        draw_groups(args.out, folder)
-    rows = sum((draw_exploration(args.out, folder) for folder in sorted(args.exploration)), [])
-    if rows:
-        columns = "run env_steps vector lag mean_length correlation low high episodes".split()
-        write_table(args.out / "exploration.csv", columns, rows)
+        draw_groups(args.out, folder, args.episodes)
