@@ -535,9 +535,7 @@ class Args:
     task_ids: str = "all"  # tasks of the suite: numbers with commas, or all
     num_demos: int = 800  # number of demonstrations a task
     seed: int = 0  # of placements, behaviours and noise
-    short: tuple[float, float] | None = (
-        None  # cm that its first reach falls short, ahead and back; found if left out
-    )
+    short: tuple[float, float] | None = None  # cm its reach falls short, ahead and back; if left out found
     push: float = 0.6  # largest amplitude of the pushes on executed commands; 1 is full speed
     workers: int = 2  # simulator processes
     out: Path | None = None  # demos/<suite>[_task<ids>].npz, or demonstrators.csv of results/
@@ -601,8 +599,9 @@ def make_demos(args, suite):
     success, behaviour (0 ahead, 1 back); and films of the first two episodes, [(task, frames (T, F))]."""
     tasks, starts, aims, seeds = [], [], [], []
     with Workers(suite.build, suite.tasks, args.workers, timeout=3600) as workers:
-        short = dict.fromkeys(suite.tasks, [x / 100 for x in args.short or ()])
-        if not args.short:
+        if args.short:
+            short = dict.fromkeys(suite.tasks, [x / 100 for x in args.short])
+        else:
             short = edges(workers, args, suite)
             print("falls short by (cm):", {k: [round(100 * x, 2) for x in pair] for k, pair in short.items()})
         for k in suite.tasks:
