@@ -53,9 +53,8 @@ def load_suite(name, task_ids=None, pictures=False):
         tasks = libero.parse_task_ids(name, task_ids or ("56" if name == "libero_90" else "all"))
     except ValueError as error:
         stop(str(error))
-    numbers = "_".join(map(str, tasks))
     return Suite(
-        name=f"libero_90_task{numbers}" if name == "libero_90" else name,
+        name="libero_90_task56" if (name, tasks) == ("libero_90", [56]) else name,
         tasks=tasks,
         names={k: libero.suite(name).get_task(k).name for k in tasks},
         limit=libero.STEP_LIMIT[name],

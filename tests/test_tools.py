@@ -11,7 +11,7 @@ from helpers import ROOT, SMALL, assert_refused, here, rows, script
 
 from base.flow import FlowBase
 from envs.aloha import evaluation_poses
-from fpo_actor import FlowActor
+from fpo_actor import FlowActor, draw_flow_noise
 
 sys.path.insert(0, str(ROOT / "tools"))
 
@@ -136,12 +136,13 @@ def test_constant_latents_are_tabled(tmp_path, flags):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["train_sac", "train_cloning"])
+@pytest.mark.parametrize("name", ["train_sac", "train_cloning", "train_peers"])
 def test_baselines_train(tmp_path, name):
     from results import evaluations
 
-    flags = "--num-envs 4 --total-env-steps 3200 --eval-every 1600 --eval-episodes 2 --num-workers 2"
+    flags = "--num-envs 4 --total-env-steps 4000 --eval-every 2000 --eval-episodes 2 --num-workers 2"
     flags += " --updates 2 --minibatch-size 16 --run-name run"
+    flags += " --update fpo++" if name == "train_peers" else ""
     flags += " --warmup-decisions 8" if name == "train_sac" else ""
     result = tool(name, tmp_path, *flags.split())
     assert result.returncode == 0, result.stderr
@@ -152,12 +153,14 @@ def test_baselines_train(tmp_path, name):
     expected = {"base": [2], "zero latents": [2], "tuned": [1, 2]}
     if name == "train_sac":
         expected["tuned mean"] = [2]  # that of the Gaussian's mean
+    if name == "train_peers":
+        expected["zero noise"] = [2]
     sizes = {policy: [] for policy, _ in evaluated}
     for (policy, _), episodes in evaluated.items():
         sizes[policy].append(len(episodes))
     assert sizes == expected and ("tuned", int(metrics[-1]["charts/env_steps"])) in evaluated
     assert (run / "last.pt").exists() and (run / "args.json").exists()
-    assert_refused(tool(name, tmp_path, "--run-name", "run"), ["--run-name is run"])
+    assert_refused(tool(name, tmp_path, *flags.split()), ["--run-name is run"])
 
 
 @pytest.mark.slow
@@ -256,6 +259,33 @@ def test_tables_of_the_ablations(tmp_path):
     assert over_seeds([(100, 100)] * 3) == f"100.0 % [{100 * low:.1f}, {100 * high:.1f}]"
 
 
+def test_the_peers_start_alike_and_cut_differently():
+    """At θ_old each update's gradient is that of the mean of A ℓ_cfm, for |A| ≤ 1; away from it fpo's is zero
+    where the clip has cut, and fpo++ pulls a ratio that has fallen too far back."""
+    from train_peers import actor_loss
+
+    torch.manual_seed(0)
+    old, x, s, adv = FlowActor(3, 2, hidden=8), torch.randn(64, 2), torch.randn(64, 3), torch.rand(64) * 2 - 1
+    torch.nn.init.normal_(old.out.weight)
+
+    def gradient(update, actor, adv, scale=1.0):
+        args = SimpleNamespace(update=update, num_draws=4, scale=scale, clip_eps=0.05)
+        loss, _, cut = actor_loss(actor, old, x, s, adv, args, torch.Generator().manual_seed(1))
+        return torch.autograd.grad(loss, actor.out.bias)[0], cut
+
+    u, eps = draw_flow_noise(64, 4, 2, torch.Generator().manual_seed(1))
+    expected = torch.autograd.grad((adv * old.cfm_loss(x, s, u, eps)).mean(), old.out.bias)[0]
+    for update in ("fpo", "fpo++", "nft"):
+        torch.testing.assert_close(gradient(update, old, adv)[0], expected, rtol=1e-3, atol=1e-5)
+    worse = FlowActor(3, 2, hidden=8)
+    worse.load_state_dict(old.state_dict())
+    with torch.no_grad():
+        worse.out.bias += 10  # every loss rises by about 100, every ratio falls to about 1/e
+    gone, cut = gradient("fpo", worse, -torch.ones(64), 0.01)
+    assert cut == 1 and (gone == 0).all()
+    assert (gradient("fpo++", worse, -torch.ones(64), 0.01)[0] > 0.1).all()  # descent lowers the bias again
+
+
 def test_the_queue_reads_a_run(tmp_path):
     """A row an evaluation; when 90 of the last 100 training episodes had succeeded, after 40 000 steps."""
     from run_ablations import evaluations
@@ -285,6 +315,8 @@ BAD = {  # command: what its sentence says
     "check_monotonicity --runs magic": ["--runs has magic"],
     "train_cloning --updates 0": ["--updates is 0"],
     f"train_cloning --seed {2**64}": ["--seed is", str(2**63 - 1)],
+    "train_peers --update fpo --clip-eps 0": ["--clip-eps is 0"],
+    "train_peers --update nft --num-draws 0": ["--num-draws is 0"],
     "train_sac --bound 1": ["--target-entropy is 0.7", "--bound 1.0"],
     "train_sac --tau 2": ["--tau is 2"],
     "train_sac --bound 0": ["--bound is 0"],

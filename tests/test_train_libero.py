@@ -115,7 +115,7 @@ BUTTER = str(ROOT / "weights" / "libero_90_task56.safetensors")
         (TRAIN, ["--suite", "libero_goal", "--task-ids", "10"], ["--task-ids has 10", "0 to 9"]),
         (TRAIN, ["--task-ids", "fifty-six"], ["--task-ids is fifty-six"]),
         (TRAIN, ["--suite", "libero_goal", "--base", BUTTER], ["--base", "libero_90_task56", "libero_goal"]),
-        (TRAIN, ["--task-ids", "3"], ["libero_90_task3", "--base"]),
+        (TRAIN, ["--task-ids", "3"], ["weights/libero_90.safetensors", "--base", "clone_base"]),
         (TRAIN, ["--eval-episodes", "51"], ["--eval-episodes is 51", "50"]),
         (TRAIN, ["--num-envs", "0"], ["--num-envs is 0", "at least 1"]),
         (TRAIN, ["--suite", "libero_object", "--num-envs", "5"], ["--num-envs is 5", "10 tasks"]),

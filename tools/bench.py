@@ -239,8 +239,7 @@ if __name__ == "__main__":
             rollout = pi0_parts(args, base)
     else:
         suite = load_suite(args.suite if args.what == "libero" else "aloha", args.task_ids)
-        name = "libero_90_task56" if suite.name.startswith("libero_90") else suite.name
-        base = FlowBase.load(shared.ROOT / "weights" / f"{name}.safetensors", device)
+        base = FlowBase.load(shared.ROOT / "weights" / f"{suite.name}.safetensors", device)
         lean_loops(args, suite, base)
         rollout = rollout_seconds(args, suite, base)
     print_update(base, rollout, args)

@@ -196,7 +196,7 @@ def make_demos(args):
     import demo_libero
 
     suite = shared.suite_of(args.task)
-    own = dict(suite=suite, task_ids=",".join(map(str, shared.tasks_of(suite))))
+    own = dict(suite=suite, task_ids=shared.task_ids(args.task))
     butter = dict(num_demos=400, short=(4.1, 4.2))  # results/libero_bases.md: found by trials
     own |= butter if args.task == "libero_90_task56" else dict(num_demos=100)
     demo_libero.run(demo_libero.Args(out=args.demos, workers=args.workers, **own))
@@ -227,8 +227,9 @@ if __name__ == "__main__":
         make_demos(args)
     demos, name = load_demos(args.demos, args.task), shared.suite_of(args.task)
     if demos.task_ids is not None and not own_demos:
-        if demos.task_ids != (needed := shared.tasks_of(name)):
-            have = f"{args.demos} has the tasks {demos.task_ids}, and this base is cloned on {needed}"
+        have, needed = ",".join(map(str, demos.task_ids)), shared.task_ids(args.task)
+        if have != needed:
+            have = f"{args.demos} has the tasks {have}, and this base is cloned on {needed}"
             stop(f"--demos: {have}; remove it, and it is made anew, or name it with --demos to clone from it")
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.workers)  # the demonstrators ask for one thread, for their own processes

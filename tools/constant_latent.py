@@ -71,7 +71,7 @@ if __name__ == "__main__":
     shared.check_limits(args, "total_env_steps best_of", 0)
     if args.per_task if args.task == "aloha" else args.per_place:
         stop(f"--task is {args.task}; --per-task is for LIBERO, --per-place for aloha")
-    suite = load_suite(shared.suite_of(args.task))
+    suite = load_suite(shared.suite_of(args.task), shared.task_ids(args.task))
     shared.check_limits(args, "episodes", 1, len(suite.starts) if "evaluation" in args.states else 10**9)
     base = load_base(args.base or f"weights/{args.task}.safetensors", Pi0Options(), suite, "cpu")
     tasks, out = cloned_tasks(suite, base), args.out or Path(f"results/constant_latent/{args.task}.csv")

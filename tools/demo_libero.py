@@ -24,6 +24,7 @@ from typing import Literal
 
 import shared  # first: it makes the folder above known
 import numpy as np
+from tqdm import trange
 
 from envs import libero, load_suite
 from envs.workers import Workers
@@ -580,7 +581,7 @@ def edges(workers, args, suite):
     tasks, shorts = np.repeat(suite.tasks, 2), np.linspace(0, 0.1, 201)
     rng, n = np.random.default_rng([2, args.seed, 0]), len(tasks)
     likely = np.ones((n, len(shorts)))
-    for i in range(ROUNDS + 1):
+    for i in trange(ROUNDS + 1, desc="how short"):
         share = likely.cumsum(1) / likely.sum(1, keepdims=True)
         median = shorts[(share < 0.5).sum(1)]
         if i < ROUNDS:

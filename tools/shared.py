@@ -21,8 +21,13 @@ from support.flags import check_device, stop
 from support.logs import EPISODES, CsvLog, mean, rate
 from support.run_files import new_run_folder, write_args
 
+GAMMA = 0.999  # γ of Eq. 1, as in the train scripts
 # what there is a base for in weights/: two tasks, and suites of tasks
-Task = Literal["aloha", "libero_90_task56", "libero_spatial", "libero_object", "libero_goal", "libero_10"]
+Task = Literal[
+    "aloha", "libero_90_task56", "libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"
+]
+
+LIBERO_90 = [2, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 24, 25, 27, 29]
 
 # columns of metrics.csv that both baselines have
 METRICS = "charts/env_steps charts/success charts/SPS eval/success latent/norm latent/std".split()
@@ -33,9 +38,11 @@ def suite_of(task):
     return task.split("_task")[0]
 
 
-def tasks_of(suite_name):
-    """The tasks of LIBERO that a base of ours is cloned on."""
-    return [56] if suite_name == "libero_90" else list(range(10))
+def task_ids(task):
+    """The tasks of LIBERO that the base `task` of ours is cloned on, numbers with commas. Of libero_90 twenty
+    in order of number, of those in which something is grasped."""
+    own = dict(libero_90_task56=[56], libero_90=LIBERO_90)
+    return ",".join(map(str, own.get(task, range(10))))
 
 
 def check_limits(args, names, low, high=math.inf):
@@ -93,7 +100,7 @@ def write_film(path, pictures, fps):
     print(f"wrote {path}")
 
 
-# ---- of train_sac.py and train_cloning.py ----
+# ---- of train_sac.py, train_cloning.py and train_peers.py ----
 
 
 def check_baseline(args):

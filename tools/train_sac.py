@@ -18,7 +18,7 @@ from typing import Literal
 import shared  # first: it makes the folder above known
 import numpy as np
 import torch
-from shared import check_limits
+from shared import GAMMA, check_limits
 from torch import nn
 
 from base import Pi0Options, load_base
@@ -30,7 +30,6 @@ from support.ranks import CPUS, SIMULATORS, connect
 from support.flags import parse_args, stop
 from support.logs import mean, steps_bar
 from support.run_files import save_checkpoint
-from train_aloha import GAMMA
 
 LOSSES = ("losses/actor", "losses/critic", "sac/entropy", "critic/q_mean")  # columns of metrics.csv
 

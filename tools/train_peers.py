@@ -1,0 +1,194 @@
+"""Peers: other likelihood-free updates of a flow actor, everything else as in FPO for π_0.
+
+    python tools/train_peers.py --update fpo --seed 1       # FPO of McAllister et al., arXiv 2507.21053
+    python tools/train_peers.py --update fpo++ --seed 1     # FPO++, arXiv 2602.02481
+    python tools/train_peers.py --update nft --seed 1       # DiffusionNFT, arXiv 2509.16117
+
+Same frozen base, environments, critics, evaluation and fresh latents with the critics' advantages A as the
+train scripts with their default flags. With ℓ_i the CFM loss of one draw of (u, ε), and Δ_i = c (ℓ_i of
+θ_old - ℓ_i of θ), minimised are
+
+    fpo      -min(ρ A, clip(ρ, 1 ± ε) A), ρ = exp(mean_i Δ_i): nothing standardised, no fit of own latents
+    fpo++    for each draw, ρ_i = exp(Δ_i): the same where A ≥ 0, -ρ_i A + |A| (ρ_i - 1)² / 2ε where A < 0
+    nft      r |v_θ - v|² + (1 - r) |2 v_old - v_θ - v|², v = x - ε, r = ½ + ½ clip(A, -1, 1)
+
+It writes args.json, metrics.csv, eval.csv, table.csv, last.pt. An interrupted run starts anew.
+"""
+
+import copy
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import Literal
+
+import shared  # first: it makes the folder above known
+import numpy as np
+import torch
+from shared import GAMMA, check_limits
+
+from base import Pi0Options, load_base
+from envs.episodes import TrainingEnvs
+from envs.workers import Workers
+from evaluate import evaluate, latents_of, print_result
+from fpo_actor import FlowActor, draw_flow_noise
+from fpo_buffer import TrajectoryBuffer
+from fpo_critic import QEnsemble, critic_loss, latent_advantage, polyak_update, td_target
+from support.ranks import CPUS, SIMULATORS, connect
+from support.flags import parse_args, stop
+from support.logs import mean, steps_bar
+from support.run_files import save_checkpoint
+
+# as in the train scripts
+FLOW_STEPS, CRITIC_BATCH, TAU, ROLLOUT_DECISIONS, WINDOW, WARMUP = 4, 128, 0.05, 5, 80, 4
+CRITIC_STEPS, ACTOR_STATES, FRESH_LATENTS, NUM_CRITICS, CRITIC_LR = 160, 1600, 8, 5, 3e-3
+LOSSES = ("losses/actor", "losses/critic", "losses/cfm_loss", "losses/clip_fraction")
+
+
+@dataclass
+class Args:
+    update: Literal["fpo", "fpo++", "nft"]  # whose update
+    task: Literal["aloha", "libero_90_task56"] = "aloha"  # what to train on
+    seed: int = 1  # of the networks, every draw and the training episodes
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where the networks run; auto is CUDA if there is one
+    total_env_steps: int | None = None  # control steps of training; 800 000, for LIBERO 150 000 if left out
+    num_envs: int = 32  # parallel environments
+    num_workers: int = SIMULATORS  # simulator processes; the results do not depend on it
+    eval_every: int | None = None  # control steps between evaluations; 200 000, for LIBERO 50 000 if left out
+    eval_episodes: int | None = None  # at start and end, half of it between; 200, for LIBERO 50 if left out
+    run_name: str | None = None  # folder below runs/; <update>_<task>__seed<seed>__<time> if left out
+    updates: int = 25  # gradient steps of the actor an iteration
+    minibatch_size: int = 512  # samples of one of these
+    actor_lr: float = 5e-4  # learning rate (Adam)
+    anneal_lr: bool = True  # let it fall linearly to 0 over the run
+    num_draws: int = 2  # N, draws of (u, ε) a sample
+    clip_eps: float = 0.05  # ε of fpo and fpo++
+    scale: float = 1.0  # c, of the mean squared error of a dimension, of fpo and fpo++
+
+
+def actor_loss(actor, old, x, s, adv, args, generator):
+    """The loss (see the top) of samples x (B, D) at states s (B, S) with advantages adv (B,), with draws of
+    its own. old: the actor of θ_old. -> the loss, mean ℓ_cfm, and the share of ratios that are cut"""
+    B, D = x.shape
+    u, eps = draw_flow_noise(B, args.num_draws, D, generator, x.device)
+    u, eps = u.flatten(), eps.flatten(0, 1)  # (B N,), (B N, D)
+    x, s, adv = (v.repeat_interleave(args.num_draws, 0) for v in (x, s, adv))
+    x_u, v = (1 - u[:, None]) * eps + u[:, None] * x, x - eps
+    with torch.no_grad():
+        v_old = old.velocity(x_u, u, s)
+    v_new = actor.velocity(x_u, u, s)
+    cfm = (v_new - v).square().mean(1)
+    if args.update == "nft":
+        r = 0.5 + 0.5 * adv.clamp(-1, 1)
+        other = (2 * v_old - v_new - v).square().mean(1)
+        return (r * cfm + (1 - r) * other).mean(), cfm.mean(), torch.zeros(())
+    delta = args.scale * ((v_old - v).square().mean(1) - cfm)
+    if args.update == "fpo":
+        delta, adv = (value.view(B, -1).mean(1) for value in (delta, adv))
+    rho = delta.clamp(-3, 3).exp()
+    clipped = torch.min(rho * adv, rho.clamp(1 - args.clip_eps, 1 + args.clip_eps) * adv)
+    if args.update == "fpo++":
+        pulled = rho * adv - adv.abs() * (rho - 1).square() / (2 * args.clip_eps)
+        clipped = torch.where(adv < 0, pulled, clipped)
+    cut = ((rho - 1).abs() > args.clip_eps).float().mean()
+    return -clipped.mean(), cfm.mean(), cut
+
+
+if __name__ == "__main__":
+    args = parse_args(Args, __doc__)
+    check_limits(args, "num_draws", 1)
+    check_limits(args, "clip_eps scale", 1e-9)
+    suite = shared.check_baseline(args)
+    torch.set_num_threads(1)  # more for updates only: waiting threads spin, and take the workers' cores
+
+    # ---- frozen base, actor, critics, trajectories ----
+    device = connect(args.device)
+    base = load_base(f"weights/{args.task}.safetensors", Pi0Options(), suite, device)
+    S, D, E = base.state_dim, base.latent_dim, args.num_envs
+    torch.manual_seed(args.seed)
+    actor = FlowActor(S, D).to(device)
+    critic = QEnsemble(S, D, NUM_CRITICS).to(device)
+    old, target = copy.deepcopy(actor), copy.deepcopy(critic)
+    actor_adam = torch.optim.Adam(actor.parameters(), args.actor_lr, fused=True)
+    critic_adam = torch.optim.Adam(critic.parameters(), CRITIC_LR, fused=True)
+    generator = torch.Generator(device).manual_seed(args.seed)
+    buffer, iteration = TrajectoryBuffer(WINDOW), 0
+    env_steps, recent = 0, deque(maxlen=100)  # recent: success of the last training episodes
+    policies, kind = latents_of(actor, FLOW_STEPS), f"{args.update}_{args.task}"
+
+    folder, metrics, episodes = shared.start_files(args, kind, LOSSES)
+    with shared.clean_end(), Workers(suite.build, suite.tasks, args.num_workers) as workers:
+        whole = base, workers, suite.tasks, suite.starts[: args.eval_episodes], suite.limit, episodes
+        for policy in ("base", "zero latents"):
+            evaluate(policy, policies[policy], *whole)
+        envs = TrainingEnvs(workers, suite.tasks, E, suite.draw_start, suite.limit, args.seed)
+        bar = steps_bar(args.total_env_steps)
+        s, context = base.encode(envs.observations)
+
+        while env_steps < args.total_env_steps:
+            iteration, steps_before, clock = iteration + 1, env_steps, time.perf_counter()
+            to_go = max(0.0, 1 - env_steps / args.total_env_steps) if args.anneal_lr else 1.0
+            actor_adam.param_groups[0]["lr"] = args.actor_lr * to_go
+
+            # ---- rollout ----
+            rows = []
+            for _ in range(ROLLOUT_DECISIONS):
+                x = actor.sample(s, FLOW_STEPS, generator)  # (E, D)
+                step = envs.step(base.decode(context, x).cpu().numpy())
+                recent.extend(step["success"][step["terminated"] | step["truncated"]])
+                env_steps += int(step["num_steps"].sum())
+                bar.update(int(step["num_steps"].sum()))
+                r = step["success"] * GAMMA ** (step["num_steps"] - 1.0)  # of a decision
+                row = dict(r=r, discount=GAMMA ** step["num_steps"], terminated=step["terminated"])
+                row = {k: torch.as_tensor(v, dtype=torch.float32, device=device) for k, v in row.items()}
+                rows.append(dict(row, s=s, x=x, s_next=base.encode(step["last_observation"])[0]))
+                s, context = base.encode(envs.observations)
+            buffer.push({k: torch.stack([row[k] for row in rows]) for k in rows[0]})
+
+            # ---- update: the critics, then the actor ----
+            torch.set_num_threads(min(CPUS, 4))
+            w = {k: buffer.flat(k) for k in rows[0]}  # (n, …)
+            x_next, infos = actor.sample(w["s_next"], FLOW_STEPS, generator), []
+            for _ in range(CRITIC_STEPS):
+                i = torch.randint(len(w["r"]), (CRITIC_BATCH,), generator=generator, device=device)
+                parts = (w[k][i] for k in ("r", "discount", "terminated", "s_next"))
+                y = td_target(target, *parts, x_next[i], (0, 1))
+                loss_critic = critic_loss(critic, w["s"][i], w["x"][i], y)
+                critic_adam.zero_grad()
+                loss_critic.backward()
+                critic_adam.step()
+                polyak_update(target, critic, TAU)
+            i = torch.randint(len(w["r"]), (ACTOR_STATES,), generator=generator, device=device)
+            s_a = w["s"][i].repeat_interleave(FRESH_LATENTS, 0)
+            x_a = actor.sample(s_a, FLOW_STEPS, generator)
+            adv = latent_advantage(critic, w["s"][i], x_a.view(len(i), -1, D)).flatten()
+            old.load_state_dict(actor.state_dict())
+            order, k = torch.randperm(len(adv), generator=generator, device=device), args.minibatch_size
+            for j in range(args.updates if iteration > WARMUP else 0):
+                i = order.roll(-j * k)[:k]
+                loss, *info = actor_loss(actor, old, x_a[i], s_a[i], adv[i], args, generator)
+                actor_adam.zero_grad()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(actor.parameters(), 1.0)
+                actor_adam.step()
+                infos.append([v.item() for v in (loss, loss_critic / NUM_CRITICS, *info)])
+            torch.set_num_threads(1)
+            if infos and not np.isfinite(infos[-1]).all():
+                stop("a loss became NaN or infinite; try a lower --actor-lr", code=1)
+
+            # ---- log, evaluate, save ----
+            speed = (env_steps - steps_before) / (time.perf_counter() - clock)
+            row = shared.charts(env_steps, recent, speed, torch.cat([row["x"] for row in rows]))
+            row |= dict(zip(LOSSES, np.mean(infos, 0))) if infos else {}
+            bar.set_postfix(success=mean(recent), refresh=False)
+            last = env_steps >= args.total_env_steps
+            if last or env_steps // args.eval_every > steps_before // args.eval_every:
+                starts = suite.starts[: args.eval_episodes if last else max(1, args.eval_episodes // 2)]
+                where = workers, suite.tasks, starts, suite.limit, episodes, env_steps
+                tuned = evaluate("tuned", policies["tuned"], base, *where)
+                row["eval/success"] = float(tuned["success"].mean())
+                checkpoint = dict(actor=actor.state_dict(), task=kind, env_steps=env_steps)
+                save_checkpoint(folder, checkpoint, args)
+            metrics.write(row)
+        evaluate("zero noise", policies["zero noise"], *whole, env_steps)
+    print_result(folder, suite.names)
+    print(f"{env_steps:,} environment steps, files in {folder}")
