@@ -44,15 +44,17 @@ class Args:
     task_ids: str | None = None  # numbers with commas, or all; if left out all, of libero_90 56
     seed: int = 1  # seed of the actor, the critics, every draw and the training episodes
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where the networks run; auto takes CUDA if there
-    total_env_steps: int | None = None  # of training; if left out 150 000, for several tasks 300 000
+    total_env_steps: int | None = None  # of training; if left out 100 000, for several tasks 300 000
     num_envs: int | None = None  # parallel environments, over all ranks; 32 or a few more a rank if left out
     num_workers: int | None = None  # simulator processes of a rank; one a core if left out
     rollout_decisions: int = 5  # T_rollout of Algorithm 1: decisions per environment and iteration
     window: int = 80  # iterations that the trajectory buffer keeps
     critic_warmup: int = 4  # first iterations that train the critics only
     critic_steps: int = 160  # K_update of the critics: their gradient steps per iteration
+    td_decisions: int = 10  # n, decisions whose rewards Eq. 5 adds up before it bootstraps; the paper's 1
     fresh_latents: int = 8  # latents per state the actor learns from, valued by critics; 0: executed, by GAE
     actor_states: int = 1600  # states of the window, per iteration, whose fresh latents the actor learns from
+    actor_choice: int = 4  # states drawn for one of these; taken where the latent decides; 1: all alike
     actor_lr: float = 5e-4  # learning rate of θ (Adam)
     anneal_lr: bool = True  # let the actor's learning rate fall linearly to 0 over the run
     critic_lr: float = 3e-3  # learning rate of φ (Adam)
@@ -63,7 +65,7 @@ class Args:
     num_critics: int = 5  # M, members of the ensemble
     clamp_target: bool = True  # keep the target of Eq. 5 within [0, 1], where the return lies
     shuffle_advantages: bool = False  # permute the advantages: a control that must not learn
-    literal: bool = False  # --self-fit 0 --no-clamp-target --fresh-latents 0, σ floor 1e-8, stored V
+    literal: bool = False  # self-fit 0, td-decisions 1, no clamp, fresh-latents 0, σ floor 1e-8, stored V
     base: str | None = None
     """frozen policy: weights/<suite>.safetensors if left out; a π_0's folder or hub name"""
     pi0: Pi0Options = field(default_factory=Pi0Options)
@@ -88,7 +90,7 @@ if __name__ == "__main__":
     from evaluate import evaluate, latents_of, print_result
     from fpo_actor import FlowActor, draw_flow_noise
     from fpo_buffer import TrajectoryBuffer
-    from fpo_critic import QEnsemble, critic_loss, polyak_update, td_target
+    from fpo_critic import QEnsemble, critic_loss, draw_states, n_step, polyak_update, td_target
     from fpo_critic import fresh_value, gae, latent_advantage, stored_value
     from fpo_loss import fpo_loss
     from support import ranks
@@ -100,7 +102,7 @@ if __name__ == "__main__":
     )
     several = len(suite.tasks) > 1
     if args.total_env_steps is None:
-        args.total_env_steps = 300_000 if several else 150_000
+        args.total_env_steps = 300_000 if several else 100_000
     if args.eval_every is None:
         args.eval_every = 100_000 if several else 50_000
     args.base = args.base or f"weights/{suite.name}.safetensors"
@@ -125,6 +127,7 @@ if __name__ == "__main__":
     learners = dict(actor=actor, critic=critic, target=target, actor_adam=actor_adam, critic_adam=critic_adam)
     buffer = TrajectoryBuffer(args.window)
     generator = torch.Generator(device).manual_seed(args.seed)  # every draw of training
+    draw = dict(generator=generator, device=device)
     iteration, env_steps, recent = 0, 0, deque(maxlen=100)  # recent: success of the last training episodes
     policies = latents_of(actor, FLOW_STEPS)
 
@@ -188,15 +191,13 @@ if __name__ == "__main__":
                 row["s_next"] = s.clone()
                 if ended.any():  # s' of an episode that has ended is its own last state
                     row["s_next"][ended] = base.encode(step["last_observation"][ended])[0]
-                as_float = dict(dtype=torch.float32, device=device)
-                rows.append({k: torch.as_tensor(v, **as_float) for k, v in row.items()})
+                rows.append({k: torch.as_tensor(v).float().to(device) for k, v in row.items()})
                 for i in np.flatnonzero(ended):
                     success, length = float(step["success"][i]), int(step["episode_steps"][i])
                     episode_return = success * GAMMA ** (length - 1)  # Eq. 1: Σ_t γ^t r_t
                     episodes.append((t, own.start + i, success, length, episode_return))
                 bar.update(ranks.WORLD * int(step["num_steps"].sum()))
-            batch = {k: torch.stack([row[k] for row in rows]) for k in rows[0]}
-            batch = ranks.of_all(batch)  # (T, E, …)
+            batch = ranks.of_all({k: torch.stack([row[k] for row in rows]) for k in rows[0]})  # (T, E, …)
             episodes = sorted(sum(ranks.gathered(episodes), []))  # by (t, environment), as in one process
             env_steps += int(batch.pop("num_steps").sum())
             recent.extend(success for _, _, success, _, _ in episodes)
@@ -212,23 +213,26 @@ if __name__ == "__main__":
             w = {k: buffer.flat(k) for k in batch}  # the window, (n, …), n = W T E
             n, critic_losses, infos = len(w["r"]), [], []
             # lines 17-18: x' ~ π_θ(· | s'), (n, D), once for all critic steps, in which θ rests
-            x_next = actor.sample(w["s_next"], FLOW_STEPS, generator)
+            w["x_next"] = actor.sample(w["s_next"], FLOW_STEPS, generator)
             within = (0, 1) if args.clamp_target else None  # the return lies there: one reward of at most 1
+            # n decisions at once: a reward at an episode's end soon reaches its first decision
+            r_n, discount_n, last = n_step(w["r"], w["discount"], w["ended"], E, args.td_decisions)
             for _ in range(args.critic_steps):
-                i = torch.randint(n, (CRITIC_BATCH,), generator=generator, device=device)  # line 15
-                r, discount, terminated = w["r"][i], w["discount"][i], w["terminated"][i]
-                # line 19, Eq. 5
-                y = td_target(target, r, discount, terminated, w["s_next"][i], x_next[i], within)
+                i = torch.randint(n, (CRITIC_BATCH,), **draw)  # line 15
+                end = (w[k][last[i]] for k in ("terminated", "s_next", "x_next"))
+                y = td_target(target, r_n[i], discount_n[i], *end, within)  # line 19, Eq. 5
                 loss = critic_loss(critic, w["s"][i], w["x"][i], y)  # line 20, Eq. 6
                 critic_adam.zero_grad()
                 loss.backward()
                 critic_adam.step()
                 polyak_update(target, critic, TAU)  # line 21
                 critic_losses.append(loss.detach())
-
             # line 26: the samples (B, …) that the actor learns from, and their advantages (B,)
             if args.fresh_latents:  # nobody has executed them; the critics value them at states of the window
-                i = torch.randint(n, (args.actor_states,), generator=generator, device=device)
+                i = torch.randint(n, (args.actor_choice * args.actor_states,), **draw)
+                pair = actor.sample(w["s"][i].repeat_interleave(2, 0), FLOW_STEPS, generator).view(-1, 2, D)
+                # at most states any latent will do, and their critics' noise would drown the others
+                i = i[draw_states(critic, w["s"][i], pair, args.actor_states, generator)]
                 s_a = w["s"][i].repeat_interleave(args.fresh_latents, 0)
                 x_a = actor.sample(s_a, FLOW_STEPS, generator)
                 adv = latent_advantage(critic, w["s"][i], x_a.view(len(i), -1, D)).flatten()
@@ -250,14 +254,13 @@ if __name__ == "__main__":
                 adv = buffer.samples(gae(r, value, value_next, *rest, GAE_LAMBDA))
                 adv = (adv - adv.mean()) / (adv.std(correction=0) + 1e-4)  # the paper: in each minibatch
             if args.shuffle_advantages:
-                adv = adv[torch.randperm(len(adv), generator=generator, device=device)]
+                adv = adv[torch.randperm(len(adv), **draw)]
             adv = adv.clamp_min(-1)  # bounds un-fitting (not in the paper)
 
             # lines 22-27: the actor, once through its samples
             to_go = max(0.0, 1 - steps_before / args.total_env_steps) if args.anneal_lr else 1.0
             actor_adam.param_groups[0]["lr"] = args.actor_lr * to_go
-            order = torch.randperm(len(adv), generator=generator, device=device)
-            minibatches = order.tensor_split(max(1, len(order) // MINIBATCH))  # the remainder is dealt out
+            minibatches = torch.randperm(len(adv), **draw).tensor_split(max(1, len(adv) // MINIBATCH))
             for i in minibatches if iteration > args.critic_warmup else ():  # the critics alone at first
                 cfm = actor.cfm_loss(x_a[i], s_a[i], u[i], eps[i])  # line 23: ℓ_cfm(x | s; θ), (b,)
                 # lines 23-25 and 27, Eq. 2-4
@@ -274,8 +277,7 @@ if __name__ == "__main__":
             update_seconds = time.perf_counter() - clock
 
             # ---- log, evaluate, save ----
-            with torch.no_grad():
-                q = critic(batch["s"].flatten(0, 1), batch["x"].flatten(0, 1))  # (M, T E)
+            q = critic(batch["s"].flatten(0, 1), batch["x"].flatten(0, 1)).detach()  # (M, T E)
             scalars = {
                 "iteration": iteration,
                 "charts/env_steps": env_steps,
@@ -298,8 +300,7 @@ if __name__ == "__main__":
             last = env_steps >= args.total_env_steps
             due = last or env_steps // args.eval_every > steps_before // args.eval_every
             if due:
-                num_episodes = args.eval_episodes if last else (args.eval_episodes + 1) // 2
-                scalars["eval/success"] = play("tuned", num_episodes)
+                scalars["eval/success"] = play("tuned", args.eval_episodes // (1 if last else 2) or 1)
             if last:
                 play("zero noise", args.eval_episodes)
             logs.write(scalars, env_steps)

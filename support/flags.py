@@ -85,10 +85,10 @@ def resumed_args(cls, folder, argv=None):
 
 def check_args(args, suite):
     """Stop with a clear sentence at the first impossible flag value. --literal sets its flags here."""
-    counts = "total_env_steps rollout_decisions window critic_steps actor_states num_critics eval_every"
+    counts = "total_env_steps rollout_decisions window critic_steps td_decisions actor_states actor_choice"
     most = len(suite.starts)
     rules = (  # flags, whether a value is possible, and what to say of one that is not
-        (f"{counts} eval_episodes", lambda v: v > 0, "it must be at least 1"),
+        (f"{counts} num_critics eval_every eval_episodes", lambda v: v > 0, "it must be at least 1"),
         ("eval_episodes", lambda v: v <= most, f"give at most {most}, all initial states of a task"),
         ("num_envs num_workers", lambda v: v is None or v > 0, "it must be at least 1, or be left out"),
         ("critic_warmup explore_steps seed", lambda v: v >= 0, "it must not be negative"),
@@ -103,7 +103,7 @@ def check_args(args, suite):
             if not possible(getattr(args, name)):
                 stop(f"--{name.replace('_', '-')} is {getattr(args, name)}; {fix}")
     if args.literal:
-        literal = dict(self_fit=0.0, fresh_latents=0, clamp_target=False)
+        literal = dict(self_fit=0.0, fresh_latents=0, clamp_target=False, td_decisions=1)
         given = tyro.cli(type(args), default=replace(args, **literal))  # differs where the command line does
         for name, value in literal.items():
             setattr(args, name, value)

@@ -9,9 +9,11 @@ from torch import nn
 from fpo_critic import (
     QEnsemble,
     critic_loss,
+    draw_states,
     fresh_value,
     gae,
     latent_advantage,
+    n_step,
     polyak_update,
     stored_value,
     td_target,
@@ -191,3 +193,42 @@ def test_latent_advantage_by_hand():
             adv[i].numpy(), (np.array(values) - mean) / (std + 0.5), rtol=1e-4, atol=1e-5
         )
     assert latent_advantage(q, s, x[:, :1]).abs().max() == 0  # one latent alone is neither good nor bad
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 40])
+def test_n_step_against_a_walk_through_each_episode(n):
+    """Three environments side by side over 11 decisions: sums by hand, to an episode's or the rows' end."""
+    torch.manual_seed(n)
+    T, E = 11, 3
+    r, discount, ended = torch.rand(T, E), torch.rand(T, E), (torch.rand(T, E) < 0.2).float()
+    R, G, last = (v.view(T, E) for v in n_step(r.flatten(), discount.flatten(), ended.flatten(), E, n))
+    for t in range(T):
+        for e in range(E):
+            total, factor, k = 0.0, 1.0, t
+            for k in range(t, min(t + n, T)):
+                total += factor * r[k, e].item()
+                factor *= discount[k, e].item()
+                if ended[k, e]:
+                    break
+            assert last[t, e] == k * E + e
+            assert abs(R[t, e] - total) < 1e-5 and abs(G[t, e] - factor) < 1e-5
+
+
+def test_one_step_is_equation_5():
+    r, discount = torch.rand(12), torch.rand(12)
+    R, G, last = n_step(r, discount, torch.zeros(12), 4, 1)
+    assert torch.equal(R, r) and torch.equal(G, discount) and torch.equal(last, torch.arange(12))
+
+
+def test_states_are_drawn_where_the_latent_decides():
+    """With Q = s x the gap of a pair is s |x_1 - x_2|: the counts follow it, and no state is drawn twice."""
+    s = torch.tensor([[1.0], [3.0], [0.0], [6.0]])
+    pair = torch.tensor([[[0.0], [1.0]]]).expand(4, 2, 1)
+
+    def critic(s, x):
+        return (s * x).squeeze(-1).expand(2, -1)
+
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.cat([draw_states(critic, s, pair, 1, generator) for _ in range(4000)])
+    assert np.allclose(torch.bincount(drawn, minlength=4) / 4000, [0.1, 0.3, 0.0, 0.6], atol=0.03)
+    assert sorted(draw_states(critic, s, pair, 4, generator).tolist()) == [0, 1, 2, 3]

@@ -35,7 +35,8 @@ if __name__ == "__main__":  # simulator processes do without torch
 
     from base.flow import FlowBase
     from fpo_actor import FlowActor, draw_flow_noise
-    from fpo_critic import QEnsemble, critic_loss, latent_advantage, polyak_update, td_target
+    from fpo_critic import QEnsemble, critic_loss, draw_states, latent_advantage, n_step
+    from fpo_critic import polyak_update, td_target
     from fpo_loss import fpo_loss
 
 
@@ -80,12 +81,15 @@ def print_update(base, rollout, args):
 
     def update():
         x_next = actor.sample(s, fpo.FLOW_STEPS)
+        R, G, last = n_step(r, r, r, args.num_envs, flags.td_decisions)
         for _ in range(flags.critic_steps):
             i = torch.randint(n, (fpo.CRITIC_BATCH,), device=device)
-            y = td_target(target, r[i], r[i], r[i], s[i], x_next[i], (0, 1))
+            y = td_target(target, R[i], G[i], r[last[i]], s[last[i]], x_next[last[i]], (0, 1))
             descend(critic_adam, critic_loss(critic, s[i], x[i], y))
             polyak_update(target, critic, fpo.TAU)
-        states = s[torch.randint(n, (flags.actor_states,), device=device)]
+        states = s[torch.randint(n, (flags.actor_choice * flags.actor_states,), device=device)]
+        pair = actor.sample(states.repeat_interleave(2, 0), fpo.FLOW_STEPS).view(-1, 2, D)
+        states = states[draw_states(critic, states, pair, flags.actor_states)]
         s_a = states.repeat_interleave(flags.fresh_latents, 0)
         x_a = actor.sample(s_a, fpo.FLOW_STEPS)
         adv = latent_advantage(critic, states, x_a.view(len(states), -1, D)).flatten()

@@ -32,7 +32,7 @@ from envs.workers import Workers
 from evaluate import evaluate, latents_of, print_result
 from fpo_actor import FlowActor, draw_flow_noise
 from fpo_buffer import TrajectoryBuffer
-from fpo_critic import QEnsemble, critic_loss, latent_advantage, polyak_update, td_target
+from fpo_critic import QEnsemble, critic_loss, draw_states, latent_advantage, n_step, polyak_update, td_target
 from support.ranks import CPUS, SIMULATORS, connect
 from support.flags import parse_args, stop
 from support.logs import mean, steps_bar
@@ -40,7 +40,7 @@ from support.run_files import save_checkpoint
 
 # as in the train scripts
 FLOW_STEPS, CRITIC_BATCH, TAU, ROLLOUT_DECISIONS, WINDOW, WARMUP = 4, 128, 0.05, 5, 80, 4
-CRITIC_STEPS, ACTOR_STATES, FRESH_LATENTS, NUM_CRITICS, CRITIC_LR = 160, 1600, 8, 5, 3e-3
+CRITIC_STEPS, TD_DECISIONS, NUM_CRITICS, CRITIC_LR, ACTOR_STATES, FRESH_LATENTS = 160, 10, 5, 3e-3, 1600, 8
 LOSSES = ("losses/actor", "losses/critic", "losses/cfm_loss", "losses/clip_fraction")
 
 
@@ -134,12 +134,13 @@ if __name__ == "__main__":
             for _ in range(ROLLOUT_DECISIONS):
                 x = actor.sample(s, FLOW_STEPS, generator)  # (E, D)
                 step = envs.step(base.decode(context, x).cpu().numpy())
-                recent.extend(step["success"][step["terminated"] | step["truncated"]])
                 env_steps += int(step["num_steps"].sum())
                 bar.update(int(step["num_steps"].sum()))
                 r = step["success"] * GAMMA ** (step["num_steps"] - 1.0)  # of a decision
                 row = dict(r=r, discount=GAMMA ** step["num_steps"], terminated=step["terminated"])
-                row = {k: torch.as_tensor(v, dtype=torch.float32, device=device) for k, v in row.items()}
+                row["ended"] = step["terminated"] | step["truncated"]
+                recent.extend(step["success"][row["ended"]])
+                row = {k: torch.as_tensor(v).float().to(device) for k, v in row.items()}
                 rows.append(dict(row, s=s, x=x, s_next=base.encode(step["last_observation"])[0]))
                 s, context = base.encode(envs.observations)
             buffer.push({k: torch.stack([row[k] for row in rows]) for k in rows[0]})
@@ -147,17 +148,20 @@ if __name__ == "__main__":
             # ---- update: the critics, then the actor ----
             torch.set_num_threads(min(CPUS, 4))
             w = {k: buffer.flat(k) for k in rows[0]}  # (n, …)
-            x_next, infos = actor.sample(w["s_next"], FLOW_STEPS, generator), []
+            w["x_next"], infos = actor.sample(w["s_next"], FLOW_STEPS, generator), []
+            r_n, discount_n, last = n_step(w["r"], w["discount"], w["ended"], E, TD_DECISIONS)
             for _ in range(CRITIC_STEPS):
                 i = torch.randint(len(w["r"]), (CRITIC_BATCH,), generator=generator, device=device)
-                parts = (w[k][i] for k in ("r", "discount", "terminated", "s_next"))
-                y = td_target(target, *parts, x_next[i], (0, 1))
+                end = (w[k][last[i]] for k in ("terminated", "s_next", "x_next"))
+                y = td_target(target, r_n[i], discount_n[i], *end, (0, 1))
                 loss_critic = critic_loss(critic, w["s"][i], w["x"][i], y)
                 critic_adam.zero_grad()
                 loss_critic.backward()
                 critic_adam.step()
                 polyak_update(target, critic, TAU)
-            i = torch.randint(len(w["r"]), (ACTOR_STATES,), generator=generator, device=device)
+            i = torch.randint(len(w["r"]), (4 * ACTOR_STATES,), generator=generator, device=device)
+            pair = actor.sample(w["s"][i].repeat_interleave(2, 0), FLOW_STEPS, generator).view(-1, 2, D)
+            i = i[draw_states(critic, w["s"][i], pair, ACTOR_STATES, generator)]
             s_a = w["s"][i].repeat_interleave(FRESH_LATENTS, 0)
             x_a = actor.sample(s_a, FLOW_STEPS, generator)
             adv = latent_advantage(critic, w["s"][i], x_a.view(len(i), -1, D)).flatten()
