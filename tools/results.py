@@ -230,7 +230,8 @@ def write_ablations(path):
     publish(path.with_name("table2.md"), f"row | task | {head} | latents' norm | paper, butter/tray", rows)
     extras = [entry.split(": ", 1) for entry in EXTRAS.replace("\n", " ").split("; ")]
     rows = [[label, *cells[f"short_{row}"]] for row, label in extras if f"short_{row}" in cells]
-    rows += [[f"{name}, butter/tray", *cells[key]] for row, name in extras if (key := f"butter_{row}") in cells]
+    extras = [(f"butter_{row}", f"{label}, butter/tray") for row, label in extras]
+    rows += [[label, *cells[row]] for row, label in extras if row in cells]
     publish(path.with_name("extras.md"), f"ALOHA, 0.4 M steps | {head} | latents' norm", rows)
 
 
