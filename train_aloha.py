@@ -40,7 +40,7 @@ VALUE_LATENTS = 4  # fresh latents per state behind V(s); for --fresh-latents 0
 class Args:
     seed: int = 1  # seed of the actor, the critics, every draw and the training episodes
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where the networks run; auto takes CUDA if there
-    total_env_steps: int = 400_000  # control steps of training, evaluation not counted
+    total_env_steps: int = 300_000  # control steps of training, evaluation not counted
     num_envs: int | None = None  # parallel environments, over all ranks; 32 a rank if left out
     num_workers: int | None = None  # simulator processes of a rank; one a core if left out
     rollout_decisions: int = 5  # T_rollout of Algorithm 1: decisions per environment and iteration
@@ -64,7 +64,7 @@ class Args:
     literal: bool = False  # self-fit 0, td-decisions 1, no clamp, fresh-latents 0, σ floor 1e-8, stored V
     base: str = "weights/aloha.safetensors"  # frozen policy: a file, or a π_0's folder or hub name
     pi0: Pi0Options = field(default_factory=Pi0Options)
-    eval_every: int = 200_000  # control steps between evaluations
+    eval_every: int = 150_000  # control steps between evaluations
     eval_episodes: int = 200  # episodes of the first and the last evaluation; those between play half of them
     track: bool = False  # send the scalars to Weights & Biases too; with WANDB_MODE=offline they stay here
     run_name: str | None = None  # folder below runs/; <task>__seed<seed>__<time> if left out

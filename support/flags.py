@@ -110,8 +110,10 @@ def check_args(args, suite):
             if getattr(given, name) != value:
                 flag = f"--{name.replace('_', '-')} is {getattr(given, name)}"
                 stop(f"{flag}, but --literal sets it to {value}; leave one of the two flags out")
-    if args.fresh_latents == 0 and args.actor_states != type(args).actor_states:
-        stop("--actor-states counts the states of --fresh-latents, which is 0; leave one of the two out")
+    for name in ("actor_states", "actor_choice") if args.fresh_latents == 0 else ():
+        if getattr(args, name) != getattr(type(args), name):
+            flag = f"--{name.replace('_', '-')}"
+            stop(f"{flag} is about the states of --fresh-latents, which is 0; leave one of the two out")
     if args.num_envs and args.num_envs * args.rollout_decisions < 2:
         one = f"--num-envs {args.num_envs} with --rollout-decisions {args.rollout_decisions}"
         stop(f"{one} makes one sample an iteration; Eq. 3 needs at least 2")
