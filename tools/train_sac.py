@@ -25,7 +25,7 @@ from base import Pi0Options, load_base
 from envs.episodes import TrainingEnvs
 from envs.workers import Workers
 from evaluate import evaluate, print_result
-from fpo_critic import QEnsemble, critic_loss, polyak_update, td_target
+from fpo_critic import QEnsemble, critic_loss, n_step, polyak_update, td_target
 from support.ranks import CPUS, SIMULATORS, connect
 from support.flags import parse_args, stop
 from support.logs import mean, steps_bar
@@ -51,6 +51,7 @@ class Args:
     actor_lr: float = 3e-4  # learning rate of the actor and of the temperature (Adam)
     anneal_lr: bool = False  # let the actor's learning rate fall linearly to 0 over the run, as FPO's does
     critic_lr: float = 1e-3  # learning rate of the critics (Adam)
+    td_decisions: int = 1  # n, decisions whose rewards a target adds up; FPO has 10
     target_entropy: float = 0.7
     """entropy that the temperature aims at, nats a latent dimension; N(0, 1) has 1.42"""
     temperature: float = 0.001
@@ -88,7 +89,7 @@ class TanhGaussianActor(nn.Module):
 
 if __name__ == "__main__":
     args = parse_args(Args, __doc__)
-    check_limits(args, "num_critics", 1)
+    check_limits(args, "num_critics td_decisions", 1)
     check_limits(args, "warmup_decisions", 0)
     check_limits(args, "critic_lr temperature bound", 1e-9)
     check_limits(args, "tau", 1e-9, 1)
@@ -150,7 +151,8 @@ if __name__ == "__main__":
             discount = GAMMA ** step["num_steps"]  # and the reward of a decision as in the train scripts
             r = step["success"] * GAMMA ** (step["num_steps"] - 1.0)
             row = dict(r=r, discount=discount, terminated=step["terminated"])
-            row = {k: torch.as_tensor(v, dtype=torch.float32, device=device) for k, v in row.items()}
+            row["ended"] = step["terminated"] | step["truncated"]
+            row = {k: torch.as_tensor(v).float().to(device) for k, v in row.items()}
             row.update(s=s, x=x, s_next=base.encode(step["last_observation"])[0])
             # everything ever seen is replayed: 20 thousand decisions are a few MB
             replay = {k: torch.cat([replay[k], v]) for k, v in row.items()} if replay else row
@@ -160,19 +162,21 @@ if __name__ == "__main__":
             # ---- update ----
             torch.set_num_threads(min(CPUS, 4))
             owed += args.updates * E if decisions > args.warmup_decisions else 0
+            R, G, last = n_step(replay["r"], replay["discount"], replay["ended"], E, args.td_decisions)
             while owed >= 1:
                 owed -= 1
                 i = torch.randint(decisions, (args.minibatch_size,), generator=generator, device=device)
-                b = {key: values[i] for key, values in replay.items()}
+                s_b, x_b, j = replay["s"][i], replay["x"][i], last[i]
+                s_next, terminated = replay["s_next"][j], replay["terminated"][j]
                 alpha = log_alpha.exp().detach()
                 with torch.no_grad():  # without the entropy: success ends it, so that failing would pay
-                    x_next, _ = actor(b["s_next"], noise(b["s_next"]))
-                    y = td_target(target, b["r"], b["discount"], b["terminated"], b["s_next"], x_next)
-                loss_critic = critic_loss(critic, b["s"], b["x"], y)
+                    x_next, _ = actor(s_next, noise(s_next))
+                    y = td_target(target, R[i], G[i], terminated, s_next, x_next)
+                loss_critic = critic_loss(critic, s_b, x_b, y)
                 descend(critic_adam, loss_critic)
                 polyak_update(target, critic, args.tau)
-                x_new, log_new = actor(b["s"], noise(b["s"]))
-                q = critic(b["s"], x_new).min(0).values
+                x_new, log_new = actor(s_b, noise(s_b))
+                q = critic(s_b, x_new).min(0).values
                 loss_actor = (alpha * log_new - q).mean()
                 descend(actor_adam, loss_actor)
                 descend(alpha_adam, -(log_alpha * (log_new.detach() + args.target_entropy * D)).mean())
