@@ -102,8 +102,8 @@ class FlowActor(nn.Module):
     def explore(self, x, s, explore_steps, explore_eta):
         """Eq. 7: x^(k+1) = x^(k) + η v_θ(x^(k), τ^(k) | s) for k < K. x: (B, D), s: (B, S) -> x^(K): (B, D).
 
-        x^(0) is at u = 1 already; the field at an earlier flow time τ^(k) moves it on, and nothing random is
-        added. The paper leaves the grid open; here τ^(k) = (k + 1)/K.
+        x^(0) is at u = 1 already; the field at flow time τ^(k) moves it on, and nothing random is added. The
+        paper leaves the grid open; here τ^(k) = (k + 1)/K.
         """
         for k in range(explore_steps):
             tau = torch.full((len(x),), (k + 1) / explore_steps, device=x.device)

@@ -1,6 +1,6 @@
 """The sliding-window trajectory buffer of FPO (Algorithm 1, lines 10-11; Sec. III-B d).
 
-Keeps the last W iterations whole: the critics learn from all of them, and GAE needs trajectories. An actor
+Keeps the last W iterations whole and in order: targets over n decisions and GAE need trajectories. An actor
 that learns from executed latents needs, for Eq. 2, each one's CFM loss under the actor that collected it, and
 the draws of that loss. Needs torch only.
 
@@ -38,16 +38,16 @@ class TrajectoryBuffer:
         self.iterations = [*self.iterations, iteration][-self.window :]
 
     def flat(self, name):
-        """All samples of one field, oldest iteration first. -> (n, …)."""
+        """One field, oldest first, (W T E, …): E rows on is an environment's next decision."""
         return torch.cat([iteration[name].flatten(0, 1) for iteration in self.iterations])
 
     def trajectories(self, values):
-        """One value a sample, in the order of `flat`, as trajectories side by side. (n,) -> (T, W E)."""
+        """One value a sample, in the order of `flat`, as trajectories side by side. (W T E,) -> (T, W E)."""
         T, E = next(iter(self.iterations[0].values())).shape[:2]
         return values.view(-1, T, E).transpose(0, 1).flatten(1)
 
     def samples(self, values):
-        """Inverse of `trajectories`. (T, W E) -> (n,), in the order of `flat`."""
+        """Inverse of `trajectories`. (T, W E) -> (W T E,), in the order of `flat`."""
         return values.unflatten(1, (len(self), -1)).transpose(0, 1).flatten()
 
     def __len__(self):

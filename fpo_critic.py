@@ -1,8 +1,8 @@
 """The critics of FPO: an ensemble Q_φi(s, x), i = 1 … M, and what the algorithm derives from it.
 
 Implements: Eq. 5 (TD target with the minimum over the target critics; the clamp and n decisions are ours),
-Eq. 6 (squared TD error), the Polyak update, advantages of fresh latents among themselves, the conservative
-value baseline V(s) and generalized advantage estimation (GAE). Needs torch only.
+Eq. 6 (squared TD error), the Polyak update, the draw of states and the advantages of fresh latents among
+themselves, the conservative value baseline V(s) and generalized advantage estimation (GAE). Needs torch only.
 
     import torch; from fpo_critic import QEnsemble, critic_loss, polyak_update, td_target
     critic, target = QEnsemble(21, 24, num_critics=5), QEnsemble(21, 24, num_critics=5)
@@ -77,31 +77,31 @@ class QEnsemble(nn.Module):
 
 @torch.no_grad()
 def td_target(target, r, discount, terminated, s_next, x_next, within=None):
-    """Eq. 5: y = r + γ^h' (1 - terminated) min_i Q_φ̄i(s', x') with x' ~ π_θ(· | s').
+    """Eq. 5: y = r + discount (1 - terminated) min_i Q_φ̄i(s', x') with x' ~ π_θ(· | s').
 
-    s_next: (B, S), x_next: (B, D), the others (B,) -> y: (B,). `within`: the least and the greatest return
-    that there can be; y is kept between them. The least of M critics lies below their mean, and by the
-    bootstrap that adds up, decision by decision, until Q is below any return.
+    s_next: (B, S), x_next: (B, D), the others (B,) -> y: (B,). discount: γ^h', or of `n_step`. `within`: the
+    least and the greatest return that there can be; y is kept between them. The least of M critics lies
+    below their mean, and by the bootstrap that adds up, target by target, until Q is below any return.
     """
     y = r + discount * (1 - terminated) * target(s_next, x_next).min(0).values
     return y if within is None else y.clamp(*within)
 
 
 def n_step(r, discount, ended, num_envs, n):
-    """Eq. 5 over n decisions: what it needs, were it written from the first one's s to the last one's s'.
+    """What Eq. 5 takes for r, γ^h' and s' over n decisions: y = R + G (1 - terminated) min_i Q_φ̄i(s', x').
 
-    r, discount, ended: (N,), N = decisions · num_envs, the environments side by side: num_envs rows on comes
-    an environment's next decision. -> R (N,), the discounted sum of n rewards; G (N,), the product of n
-    discounts; last (N,), the row whose s' and `terminated` belong to them. Fewer than n decisions count where
-    the episode ends or the rows do.
+    r, discount, ended: (W T E,), as the buffer's `flat` has them: num_envs rows on is an environment's next
+    decision. -> R (W T E,), the discounted sum of n rewards; G (W T E,), the product of n discounts; end
+    (W T E,), the row whose s' and `terminated` belong to them. Fewer than n decisions count where the episode
+    ends or the rows do.
     """
-    R, G, last = r.clone(), discount.clone(), torch.arange(len(r), device=r.device)
-    goes_on, here = ended[:-num_envs] == 0, last[:-num_envs].clone()
+    R, G, end = r.clone(), discount.clone(), torch.arange(len(r), device=r.device)
+    goes_on, here = ended[:-num_envs] == 0, end[:-num_envs].clone()
     for _ in range(n - 1):
         R[:-num_envs] = r[:-num_envs] + discount[:-num_envs] * goes_on * R[num_envs:]
         G[:-num_envs] = discount[:-num_envs] * torch.where(goes_on, G[num_envs:], 1)
-        last[:-num_envs] = torch.where(goes_on, last[num_envs:], here)
-    return R, G, last
+        end[:-num_envs] = torch.where(goes_on, end[num_envs:], here)
+    return R, G, end
 
 
 def critic_loss(critic, s, x, y):
@@ -151,9 +151,9 @@ def latent_advantage(critic, s, x_fresh, floor=0.1):
 def draw_states(critic, s, pair, num, generator=None):
     """Draw states in proportion to |Q(s, x̃_1) - Q(s, x̃_2)|: those at which the choice of a latent decides.
 
-    s: (B, S), pair: (B, 2, D), two fresh latents each -> the indices (num,) of different states, num <= B. Q
-    is the mean of the ensemble. With advantages in units of each state's own deviation, as
-    `latent_advantage` has them, the mean gradient is that of all states alike with plain differences of Q.
+    s: (B, S), pair: (B, 2, D), two fresh latents each -> num different rows of s, num <= B. Q is the mean of
+    the ensemble. Without replacement: no row comes more than B/num times as often as evenly. So a state
+    counts by how far its latents differ in Q, which `latent_advantage` divides out.
     """
     apart = q_of_latents(critic, s, pair).mean(0).diff(dim=1).abs().squeeze(1)
     return torch.multinomial(apart + 1e-6, num, generator=generator)

@@ -50,7 +50,7 @@ class Args:
     td_decisions: int = 10  # n, decisions whose rewards Eq. 5 adds up before it bootstraps; the paper's 1
     fresh_latents: int = 8  # latents per state the actor learns from, valued by critics; 0: executed, by GAE
     actor_states: int = 1600  # states of the window, per iteration, whose fresh latents the actor learns from
-    actor_choice: int = 4  # states drawn for one of these; taken where the latent decides; 1: all alike
+    actor_choice: int = 4  # candidates for each of these, drawn to where the latent decides; 1: no choice
     actor_lr: float = 5e-4  # learning rate of θ (Adam)
     anneal_lr: bool = True  # let the actor's learning rate fall linearly to 0 over the run
     critic_lr: float = 3e-3  # learning rate of φ (Adam)
@@ -197,17 +197,17 @@ if __name__ == "__main__":
 
             # ---- update phase (lines 13-28): all critic steps, then the advantages, then the actor ----
             torch.set_num_threads(min(ranks.CPUS, 4))
-            w = {k: buffer.flat(k) for k in batch}  # the window, (n, …), n = W T E
-            n, critic_losses, infos = len(w["r"]), [], []
-            # lines 17-18: x' ~ π_θ(· | s'), (n, D), once for all critic steps, in which θ rests
+            w = {k: buffer.flat(k) for k in batch}  # the window, (W T E, …)
+            size, critic_losses, infos = len(w["r"]), [], []
+            # lines 17-18: x' ~ π_θ(· | s'), (W T E, D), once for all critic steps, in which θ rests
             w["x_next"] = actor.sample(w["s_next"], FLOW_STEPS, generator)
             within = (0, 1) if args.clamp_target else None  # the return lies there: one reward of at most 1
             # n decisions at once: a reward at an episode's end soon reaches its first decision
-            r_n, discount_n, last = n_step(w["r"], w["discount"], w["ended"], E, args.td_decisions)
+            r_n, discount_n, end = n_step(w["r"], w["discount"], w["ended"], E, args.td_decisions)
             for _ in range(args.critic_steps):
-                i = torch.randint(n, (CRITIC_BATCH,), **draw)  # line 15
-                end = (w[k][last[i]] for k in ("terminated", "s_next", "x_next"))
-                y = td_target(target, r_n[i], discount_n[i], *end, within)  # line 19, Eq. 5
+                i = torch.randint(size, (CRITIC_BATCH,), **draw)  # line 15
+                of_end = (w[k][end[i]] for k in ("terminated", "s_next", "x_next"))
+                y = td_target(target, r_n[i], discount_n[i], *of_end, within)  # line 19, Eq. 5
                 loss = critic_loss(critic, w["s"][i], w["x"][i], y)  # line 20, Eq. 6
                 critic_adam.zero_grad()
                 loss.backward()
@@ -216,19 +216,19 @@ if __name__ == "__main__":
                 critic_losses.append(loss.detach())
             # line 26: the samples (B, …) that the actor learns from, and their advantages (B,)
             if args.fresh_latents:  # nobody has executed them; the critics value them at states of the window
-                i = torch.randint(n, (args.actor_choice * args.actor_states,), **draw)
-                pair = actor.sample(w["s"][i].repeat_interleave(2, 0), FLOW_STEPS, generator).view(-1, 2, D)
-                # at most states any latent will do, and their critics' noise would drown the others
-                i = i[draw_states(critic, w["s"][i], pair, args.actor_states, generator)]
-                s_a = w["s"][i].repeat_interleave(args.fresh_latents, 0)
+                s_c = w["s"][torch.randint(size, (args.actor_choice * args.actor_states,), **draw)]
+                pair = actor.sample(s_c.repeat_interleave(2, 0), FLOW_STEPS, generator).view(-1, 2, D)
+                # where any latent will do, the critics' noise would drown the states where it decides
+                s_c = s_c[draw_states(critic, s_c, pair, args.actor_states, generator)]
+                s_a = s_c.repeat_interleave(args.fresh_latents, 0)
                 x_a = actor.sample(s_a, FLOW_STEPS, generator)
-                adv = latent_advantage(critic, w["s"][i], x_a.view(len(i), -1, D)).flatten()
+                adv = latent_advantage(critic, s_c, x_a.view(len(s_c), -1, D)).flatten()
                 u, eps = draw_flow_noise(len(x_a), NUM_DRAWS, D, generator, device)
                 cfm_init = loss_of_old(x_a, s_a, u, eps)  # line 10, for these
-            else:  # the paper's: executed latents (n, …), valued by GAE along the T decisions, (T, W E)
+            else:  # the paper's: executed latents (W T E, …), valued by GAE along the T decisions, (T, W E)
                 s_a, x_a, u, eps, cfm_init = w["s"], w["x"], w["u"], w["eps"], w["cfm_init"]
                 both = torch.cat([w["s"], w["s_next"]]).repeat_interleave(VALUE_LATENTS, 0)
-                x_s, x_s_next = actor.sample(both, FLOW_STEPS, generator).view(2, n, VALUE_LATENTS, D)
+                x_s, x_s_next = actor.sample(both, FLOW_STEPS, generator).view(2, size, VALUE_LATENTS, D)
                 # V from fresh latents: with the stored one V(s) is Q(s, x), which leaves no advantage
                 w["value_next"] = fresh_value(critic, w["s_next"], x_s_next)
                 w["value"] = fresh_value(critic, w["s"], x_s)
