@@ -286,6 +286,19 @@ def test_the_peers_start_alike_and_cut_differently():
     assert (gradient("fpo++", worse, -torch.ones(64), 0.01)[0] > 0.1).all()  # descent lowers the bias again
 
 
+def test_the_peers_have_what_the_train_scripts_have():
+    import train_peers
+    from train_aloha import CRITIC_BATCH, FLOW_STEPS, GAMMA, TAU, Args
+
+    peers, flags = vars(train_peers), Args()
+    constants = dict(CRITIC_BATCH=CRITIC_BATCH, FLOW_STEPS=FLOW_STEPS, GAMMA=GAMMA, TAU=TAU)
+    names = "rollout_decisions window critic_steps td_decisions num_critics critic_lr actor_states"
+    names = [*names.split(), "actor_choice", "fresh_latents"]
+    constants |= {name.upper(): getattr(flags, name) for name in names}
+    constants["WARMUP"] = flags.critic_warmup
+    assert {name: peers[name] for name in constants} == constants
+
+
 def test_the_queue_reads_a_run(tmp_path):
     """A row an evaluation; when 90 of the last 100 training episodes had succeeded, after 40 000 steps."""
     from run_ablations import evaluations

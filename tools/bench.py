@@ -81,10 +81,10 @@ def print_update(base, rollout, args):
 
     def update():
         x_next = actor.sample(s, fpo.FLOW_STEPS)
-        R, G, last = n_step(r, r, r, args.num_envs, flags.td_decisions)
+        R, G, end = n_step(r, r, r, args.num_envs, flags.td_decisions)
         for _ in range(flags.critic_steps):
             i = torch.randint(n, (fpo.CRITIC_BATCH,), device=device)
-            y = td_target(target, R[i], G[i], r[last[i]], s[last[i]], x_next[last[i]], (0, 1))
+            y = td_target(target, R[i], G[i], r[end[i]], s[end[i]], x_next[end[i]], (0, 1))
             descend(critic_adam, critic_loss(critic, s[i], x[i], y))
             polyak_update(target, critic, fpo.TAU)
         states = s[torch.randint(n, (flags.actor_choice * flags.actor_states,), device=device)]

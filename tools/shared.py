@@ -19,7 +19,7 @@ import numpy as np
 from envs import load_suite
 from support.flags import check_device, stop
 from support.logs import EPISODES, CsvLog, mean, rate
-from support.run_files import new_run_folder, write_args
+from support.run_files import new_run_folder, save_checkpoint, write_args
 
 GAMMA = 0.999  # γ of Eq. 1, as in the train scripts
 # what there is a base for in weights/: two tasks, and suites of tasks
@@ -101,6 +101,18 @@ def write_film(path, pictures, fps):
 
 
 # ---- of train_sac.py, train_cloning.py and train_peers.py ----
+
+
+def evaluate_and_save(latents, base, workers, suite, args, episodes, folder, checkpoint, last):
+    """Evaluate the tuned actor, from all of --eval-episodes starts if it is the `last` time, else from half,
+    and save `checkpoint`, a dict with env_steps. latents: of `evaluate`. -> the success rate"""
+    from evaluate import evaluate  # not above: needs torch, which some tools do without
+
+    starts = suite.starts[: args.eval_episodes if last else max(1, args.eval_episodes // 2)]
+    where = workers, suite.tasks, starts, suite.limit, episodes, checkpoint["env_steps"]
+    result = evaluate("tuned", latents, base, *where)
+    save_checkpoint(folder, checkpoint, args)
+    return float(result["success"].mean())
 
 
 def check_baseline(args):

@@ -28,7 +28,6 @@ from fpo_actor import FlowActor, draw_flow_noise
 from support.ranks import CPUS, SIMULATORS, connect
 from support.flags import parse_args, stop
 from support.logs import mean, steps_bar
-from support.run_files import save_checkpoint
 
 
 @dataclass
@@ -123,12 +122,9 @@ if __name__ == "__main__":
             bar.set_postfix(success=mean(recent), refresh=False)
             last = env_steps >= args.total_env_steps
             if last or env_steps // args.eval_every > steps_before // args.eval_every:
-                starts = suite.starts[: args.eval_episodes if last else max(1, args.eval_episodes // 2)]
-                where = workers, suite.tasks, starts, suite.limit, episodes, env_steps
-                tuned = evaluate("tuned", policies["tuned"], base, *where)
-                row["eval/success"] = float(tuned["success"].mean())
                 checkpoint = dict(actor=actor.state_dict(), task=kind, env_steps=env_steps)
-                save_checkpoint(folder, checkpoint, args)
+                where = policies["tuned"], base, workers, suite, args, episodes, folder
+                row["eval/success"] = shared.evaluate_and_save(*where, checkpoint, last)
             metrics.write(row)
     print_result(folder, suite.names)
     print(f"{env_steps:,} environment steps, files in {folder}")

@@ -36,11 +36,11 @@ from fpo_critic import QEnsemble, critic_loss, draw_states, latent_advantage, n_
 from support.ranks import CPUS, SIMULATORS, connect
 from support.flags import parse_args, stop
 from support.logs import mean, steps_bar
-from support.run_files import save_checkpoint
 
 # as in the train scripts
 FLOW_STEPS, CRITIC_BATCH, TAU, ROLLOUT_DECISIONS, WINDOW, WARMUP = 4, 128, 0.05, 5, 80, 4
-CRITIC_STEPS, TD_DECISIONS, NUM_CRITICS, CRITIC_LR, ACTOR_STATES, FRESH_LATENTS = 160, 10, 5, 3e-3, 1600, 8
+CRITIC_STEPS, TD_DECISIONS, NUM_CRITICS, CRITIC_LR = 160, 10, 5, 3e-3
+ACTOR_STATES, ACTOR_CHOICE, FRESH_LATENTS = 1600, 4, 8
 LOSSES = ("losses/actor", "losses/critic", "losses/cfm_loss", "losses/clip_fraction")
 
 
@@ -147,24 +147,25 @@ if __name__ == "__main__":
 
             # ---- update: the critics, then the actor ----
             torch.set_num_threads(min(CPUS, 4))
-            w = {k: buffer.flat(k) for k in rows[0]}  # (n, …)
+            w = {k: buffer.flat(k) for k in rows[0]}  # (W T E, …)
             w["x_next"], infos = actor.sample(w["s_next"], FLOW_STEPS, generator), []
-            r_n, discount_n, last = n_step(w["r"], w["discount"], w["ended"], E, TD_DECISIONS)
+            r_n, discount_n, end = n_step(w["r"], w["discount"], w["ended"], E, TD_DECISIONS)
             for _ in range(CRITIC_STEPS):
                 i = torch.randint(len(w["r"]), (CRITIC_BATCH,), generator=generator, device=device)
-                end = (w[k][last[i]] for k in ("terminated", "s_next", "x_next"))
-                y = td_target(target, r_n[i], discount_n[i], *end, (0, 1))
+                of_end = (w[k][end[i]] for k in ("terminated", "s_next", "x_next"))
+                y = td_target(target, r_n[i], discount_n[i], *of_end, (0, 1))
                 loss_critic = critic_loss(critic, w["s"][i], w["x"][i], y)
                 critic_adam.zero_grad()
                 loss_critic.backward()
                 critic_adam.step()
                 polyak_update(target, critic, TAU)
-            i = torch.randint(len(w["r"]), (4 * ACTOR_STATES,), generator=generator, device=device)
-            pair = actor.sample(w["s"][i].repeat_interleave(2, 0), FLOW_STEPS, generator).view(-1, 2, D)
-            i = i[draw_states(critic, w["s"][i], pair, ACTOR_STATES, generator)]
-            s_a = w["s"][i].repeat_interleave(FRESH_LATENTS, 0)
+            drawn = ACTOR_CHOICE * ACTOR_STATES
+            s_c = w["s"][torch.randint(len(w["r"]), (drawn,), generator=generator, device=device)]
+            pair = actor.sample(s_c.repeat_interleave(2, 0), FLOW_STEPS, generator).view(-1, 2, D)
+            s_c = s_c[draw_states(critic, s_c, pair, ACTOR_STATES, generator)]
+            s_a = s_c.repeat_interleave(FRESH_LATENTS, 0)
             x_a = actor.sample(s_a, FLOW_STEPS, generator)
-            adv = latent_advantage(critic, w["s"][i], x_a.view(len(i), -1, D)).flatten()
+            adv = latent_advantage(critic, s_c, x_a.view(len(s_c), -1, D)).flatten()
             old.load_state_dict(actor.state_dict())
             order, k = torch.randperm(len(adv), generator=generator, device=device), args.minibatch_size
             for j in range(args.updates if iteration > WARMUP else 0):
@@ -186,12 +187,9 @@ if __name__ == "__main__":
             bar.set_postfix(success=mean(recent), refresh=False)
             last = env_steps >= args.total_env_steps
             if last or env_steps // args.eval_every > steps_before // args.eval_every:
-                starts = suite.starts[: args.eval_episodes if last else max(1, args.eval_episodes // 2)]
-                where = workers, suite.tasks, starts, suite.limit, episodes, env_steps
-                tuned = evaluate("tuned", policies["tuned"], base, *where)
-                row["eval/success"] = float(tuned["success"].mean())
                 checkpoint = dict(actor=actor.state_dict(), task=kind, env_steps=env_steps)
-                save_checkpoint(folder, checkpoint, args)
+                where = policies["tuned"], base, workers, suite, args, episodes, folder
+                row["eval/success"] = shared.evaluate_and_save(*where, checkpoint, last)
             metrics.write(row)
         evaluate("zero noise", policies["zero noise"], *whole, env_steps)
     print_result(folder, suite.names)

@@ -29,7 +29,6 @@ from fpo_critic import QEnsemble, critic_loss, n_step, polyak_update, td_target
 from support.ranks import CPUS, SIMULATORS, connect
 from support.flags import parse_args, stop
 from support.logs import mean, steps_bar
-from support.run_files import save_checkpoint
 
 LOSSES = ("losses/actor", "losses/critic", "sac/entropy", "critic/q_mean")  # columns of metrics.csv
 
@@ -162,11 +161,11 @@ if __name__ == "__main__":
             # ---- update ----
             torch.set_num_threads(min(CPUS, 4))
             owed += args.updates * E if decisions > args.warmup_decisions else 0
-            R, G, last = n_step(replay["r"], replay["discount"], replay["ended"], E, args.td_decisions)
+            R, G, end = n_step(replay["r"], replay["discount"], replay["ended"], E, args.td_decisions)
             while owed >= 1:
                 owed -= 1
                 i = torch.randint(decisions, (args.minibatch_size,), generator=generator, device=device)
-                s_b, x_b, j = replay["s"][i], replay["x"][i], last[i]
+                s_b, x_b, j = replay["s"][i], replay["x"][i], end[i]
                 s_next, terminated = replay["s_next"][j], replay["terminated"][j]
                 alpha = log_alpha.exp().detach()
                 with torch.no_grad():  # without the entropy: success ends it, so that failing would pay
@@ -197,12 +196,10 @@ if __name__ == "__main__":
             row["sac/temperature"] = log_alpha.exp().item()
             bar.set_postfix(success=mean(recent), refresh=False)
             if due:
-                starts = suite.starts[: args.eval_episodes if last else max(1, args.eval_episodes // 2)]
-                where = workers, suite.tasks, starts, suite.limit, episodes, env_steps
-                tuned = evaluate("tuned", lambda s, noise: actor(s, noise)[0], base, *where)
-                row["eval/success"] = float(tuned["success"].mean())
                 checkpoint = dict(actor=actor.state_dict(), critic=critic.state_dict())
-                save_checkpoint(folder, checkpoint | dict(task=kind, env_steps=env_steps), args)
+                checkpoint |= dict(task=kind, env_steps=env_steps)
+                where = lambda s, noise: actor(s, noise)[0], base, workers, suite, args, episodes, folder
+                row["eval/success"] = shared.evaluate_and_save(*where, checkpoint, last)
             metrics.write(row)
             latents, infos, logged_steps, clock = [], [], env_steps, time.perf_counter()
 
