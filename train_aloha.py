@@ -1,6 +1,6 @@
 """Flow Policy Optimization (FPO) on ALOHA Transfer Cube: Algorithm 1 of arXiv 2510.09976, top to bottom.
 
-    python train_aloha.py --seed 1                              # train; 7 minutes on two cores
+    python train_aloha.py --seed 1                              # train; 15 minutes on one core
     python train_aloha.py --resume runs/<name>                  # go on after an interruption, bit for bit
     python evaluate.py runs/<name>/last.pt --video              # look at what it learned
     torchrun --nproc-per-node 8 train_aloha.py --num-envs 256   # several processes or GPUs, one run
@@ -287,7 +287,7 @@ if __name__ == "__main__":
             last = env_steps >= args.total_env_steps
             due = last or env_steps // args.eval_every > steps_before // args.eval_every
             if due:
-                scalars["eval/success"] = play("tuned", args.eval_episodes // (1 if last else 2) or 1)
+                scalars["eval/success"] = play("tuned", -(-args.eval_episodes // (1 if last else 2)))
             if last:
                 play("zero noise", args.eval_episodes)
             logs.write(scalars, env_steps)

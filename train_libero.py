@@ -300,7 +300,7 @@ if __name__ == "__main__":
             last = env_steps >= args.total_env_steps
             due = last or env_steps // args.eval_every > steps_before // args.eval_every
             if due:
-                scalars["eval/success"] = play("tuned", args.eval_episodes // (1 if last else 2) or 1)
+                scalars["eval/success"] = play("tuned", -(-args.eval_episodes // (1 if last else 2)))
             if last:
                 play("zero noise", args.eval_episodes)
             logs.write(scalars, env_steps)
