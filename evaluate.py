@@ -33,13 +33,13 @@ from support.logs import progress_bar, rate, write_table
 KINDS = dict(fixed=(False, True), broken=(True, False), kept=(True, True), failed=(False, False))
 
 
-def latents_of(actor, flow_steps):
+def latents_of(actor, flow_steps, noise_scale=1.0):
     """{policy: latents(s, noise) -> x}: what each sends to the base, given encoded states (n, S) and N(0, I)
-    noise (n, D)."""
+    noise (n, D), of which the tuned actor takes noise_scale times."""
     return {
         "base": lambda s, noise: noise,
         "zero latents": lambda s, noise: 0 * noise,
-        "tuned": lambda s, noise: actor.sample(s, flow_steps, noise=noise),
+        "tuned": lambda s, noise: actor.sample(s, flow_steps, noise=noise_scale * noise),
         "zero noise": lambda s, noise: actor.sample(s, flow_steps, noise=0 * noise),
     }
 
@@ -204,7 +204,7 @@ if __name__ == "__main__":
                 f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1, or be left out"
             )
     saved = load_checkpoint(args.what, "the checkpoint") if args.what.endswith(".pt") else None
-    if saved and not {"pi0", "flow_steps"} <= saved.keys():
+    if saved and not {"pi0", "flow_steps", "noise_scale"} <= saved.keys():
         stop(f"the checkpoint {args.what} is of a baseline or an older version; give one of a train script")
     if args.video and saved is None:
         stop(
@@ -235,14 +235,15 @@ if __name__ == "__main__":
     device = ranks.connect(args.device)
     base = load_base(base_name, args.pi0, suite, device, steerable=False)
     tasks = cloned_tasks(suite, base)
-    actor, steps = None, None
+    actor, way = None, (None,)
     names = ["base", "zero latents"] if base.latent_dim else ["base"]
     if saved:
         now = dict(
             task=suite.name, base_sha256=base.sha256, latent_dim=base.latent_dim, chunk_steps=base.chunk_steps
         )
         check_same(saved, now, args.what, "the checkpoint")
-        actor, steps = FlowActor(base.state_dim, base.latent_dim).to(device), saved["flow_steps"]
+        actor = FlowActor(base.state_dim, base.latent_dim).to(device)
+        way = saved["flow_steps"], saved["noise_scale"]
         actor.load_state_dict(saved["actor"])
         names += ["tuned", "zero noise"]
 
@@ -253,7 +254,7 @@ if __name__ == "__main__":
     workers = Workers(suite.build, tasks, args.num_workers or ranks.SIMULATORS, base.pictures)
     with clean_end("evaluate.py", folder), workers:
         log = CsvLog(folder / "eval.csv", EPISODES) if ranks.RANK == 0 else None
-        latents, where = latents_of(actor, steps), (tasks, suite.starts[:episodes], suite.limit)
+        latents, where = latents_of(actor, *way), (tasks, suite.starts[:episodes], suite.limit)
         for policy in names:
             who = policy, latents[policy], base
             trained = saved["env_steps"] if policy in ("tuned", "zero noise") else 0

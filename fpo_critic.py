@@ -136,7 +136,7 @@ def fresh_value(critic, s, x_fresh):
 
 
 @torch.no_grad()
-def latent_advantage(critic, s, x_fresh, floor=0.1):
+def latent_advantage(critic, s, x_fresh, floor=0.05):
     """Advantages of J latents of a state among themselves: (Q(s, x̃_j) - mean_j Q) / (std_j Q + floor).
 
     s: (B, S), x_fresh: (B, J, D) -> (B, J). Q is the mean of the ensemble: the least would reward latents for

@@ -51,7 +51,8 @@ class Args:
     fresh_latents: int = 8  # latents per state the actor learns from, valued by critics; 0: executed, by GAE
     actor_states: int = 1600  # states of the window, per iteration, whose fresh latents the actor learns from
     actor_choice: int = 4  # candidates for each of these, drawn to where the latent decides; 1: no choice
-    actor_lr: float = 5e-4  # learning rate of θ (Adam)
+    noise_scale: float = 0.7  # how much of its noise the actor acts with; it learns with all; the paper's 1
+    actor_lr: float = 1e-3  # learning rate of θ (Adam)
     anneal_lr: bool = True  # let the actor's learning rate fall linearly to 0 over the run
     critic_lr: float = 3e-3  # learning rate of φ (Adam)
     beta: float = 0.2  # β of Eq. 3, sharpness of the ratio
@@ -61,7 +62,7 @@ class Args:
     num_critics: int = 5  # M, members of the ensemble
     clamp_target: bool = True  # keep the target of Eq. 5 within [0, 1], where the return lies
     shuffle_advantages: bool = False  # permute the advantages: a control that must not learn
-    literal: bool = False  # self-fit 0, td-decisions 1, no clamp, fresh-latents 0, σ floor 1e-8, stored V
+    literal: bool = False  # the paper's words: docs/decisions.md says which flags and constants it sets
     base: str = "weights/aloha.safetensors"  # frozen policy: a file, or a π_0's folder or hub name
     pi0: Pi0Options = field(default_factory=Pi0Options)
     eval_every: int = 150_000  # control steps between evaluations
@@ -103,6 +104,7 @@ if __name__ == "__main__":
     args.device = device.type  # a resumed run stays there: the other device has other random numbers
     args.num_envs = args.num_envs or math.ceil(base.num_envs / len(tasks)) * len(tasks) * ranks.WORLD
     S, D, E, T = base.state_dim, base.latent_dim, args.num_envs, args.rollout_decisions
+    c = args.noise_scale  # the actor learns its law with noise N(0, I) and acts with N(0, c² I)
     own = ranks.share(E, len(tasks))  # the m environments that this process plays; it learns from all E
     sigma_floor = 1e-8 if args.literal else 2 * args.beta / D
     torch.manual_seed(args.seed)
@@ -116,11 +118,11 @@ if __name__ == "__main__":
     generator = torch.Generator(device).manual_seed(args.seed)  # every draw of training
     draw = dict(generator=generator, device=device)
     iteration, env_steps, recent = 0, 0, deque(maxlen=100)  # recent: success of the last training episodes
-    policies = latents_of(actor, FLOW_STEPS)
+    policies = latents_of(actor, FLOW_STEPS, c)
 
     # ---- run folder; with --resume everything as it was left ----
-    made_for = dict(task=suite.name, base_sha256=base.sha256, latent_dim=D, flow_steps=FLOW_STEPS)
-    made_for |= dict(chunk_steps=base.chunk_steps, pi0=vars(args.pi0))  # a checkpoint is good for these alone
+    made_for = dict(task=suite.name, base_sha256=base.sha256, latent_dim=D, chunk_steps=base.chunk_steps)
+    made_for |= dict(pi0=vars(args.pi0), flow_steps=FLOW_STEPS, noise_scale=c)  # what it is good for
     saved = load_checkpoint(Path(args.resume) / "last.pt", "--resume", made_for) if args.resume else None
     if saved:
         for name, part in learners.items():
@@ -146,9 +148,8 @@ if __name__ == "__main__":
             pieces = zip(x.split(1024), s.split(1024), u.split(1024), eps.split(1024))
             return torch.cat([actor.cfm_loss(*piece) for piece in pieces])
 
-        if not saved:  # the untouched base first, before any update
-            play("base", args.eval_episodes)
-            play("zero latents", args.eval_episodes)
+        for policy in ("base", "zero latents") if not saved else ():  # before any update
+            play(policy, args.eval_episodes)
         envs = TrainingEnvs(workers, tasks, E, suite.draw_start, suite.limit, args.seed, own)
         if saved:
             envs.load_state_dict(saved["envs"])
@@ -165,7 +166,7 @@ if __name__ == "__main__":
             rows, episodes = [], []
             for t in range(T):
                 noise = torch.randn(E, D + base.free_dim, generator=generator, device=device)[own]  # (m, …)
-                x = actor.sample(s, FLOW_STEPS, noise=noise[:, :D])  # line 7: x^(0) ~ π_θ(· | s), (m, D)
+                x = actor.sample(s, FLOW_STEPS, noise=c * noise[:, :D])  # line 7: x^(0) ~ π_θ(· | s), (m, D)
                 x = actor.explore(x, s, args.explore_steps, EXPLORE_ETA)  # Eq. 7: x^(K), which is executed
                 a = base.decode(context, x, noise[:, D:])  # line 8, (m, chunk steps, A)
                 step = envs.step(a.cpu().numpy())  # line 9: h' steps, a chunk or to the episode's end
@@ -200,7 +201,7 @@ if __name__ == "__main__":
             w = {k: buffer.flat(k) for k in batch}  # the window, (W T E, …)
             size, critic_losses, infos = len(w["r"]), [], []
             # lines 17-18: x' ~ π_θ(· | s'), (W T E, D), once for all critic steps, in which θ rests
-            w["x_next"] = actor.sample(w["s_next"], FLOW_STEPS, generator)
+            w["x_next"] = actor.sample(w["s_next"], FLOW_STEPS, noise=c * torch.randn(size, D, **draw))
             within = (0, 1) if args.clamp_target else None  # the return lies there: one reward of at most 1
             # n decisions at once: a reward at an episode's end soon reaches its first decision
             r_n, discount_n, end = n_step(w["r"], w["discount"], w["ended"], E, args.td_decisions)
@@ -296,5 +297,4 @@ if __name__ == "__main__":
             checkpoint |= dict(generator=generator.get_state(), buffer=buffer.iterations, logs=logs.rows())
             checkpoint |= dict(envs=ranks.joined(envs.state_dict()))
             save_checkpoint(folder, made_for | checkpoint, args, keep=due)
-
         print_result(folder, suite.names)

@@ -95,6 +95,7 @@ def check_args(args, suite):
         ("seed", lambda v: v < 2**63, "it must be below 2**63"),
         ("self_fit", lambda v: 0 <= v < math.inf, "it must be finite and not negative"),
         ("actor_lr critic_lr beta", lambda v: 0 < v < math.inf, "it must be positive and finite"),
+        ("noise_scale", lambda v: 0 < v <= 1, "give more than 0, and 1 for all of the noise"),
         ("clip_eps", lambda v: 0 < v < 1 or v == math.inf, "give ε between 0 and 1, or inf for no clip"),
         ("fresh_latents", lambda v: v == 0 or v > 1, "give 2 or more to compare, or 0 for the executed ones"),
     )
@@ -103,7 +104,7 @@ def check_args(args, suite):
             if not possible(getattr(args, name)):
                 stop(f"--{name.replace('_', '-')} is {getattr(args, name)}; {fix}")
     if args.literal:
-        literal = dict(self_fit=0.0, fresh_latents=0, clamp_target=False, td_decisions=1)
+        literal = dict(self_fit=0.0, fresh_latents=0, noise_scale=1.0, clamp_target=False, td_decisions=1)
         given = tyro.cli(type(args), default=replace(args, **literal))  # differs where the command line does
         for name, value in literal.items():
             setattr(args, name, value)
@@ -114,6 +115,8 @@ def check_args(args, suite):
         if getattr(args, name) != getattr(type(args), name):
             flag = f"--{name.replace('_', '-')}"
             stop(f"{flag} is about the states of --fresh-latents, which is 0; leave one of the two out")
+    if args.fresh_latents == 0 and args.noise_scale != 1:  # it would narrow with every update
+        stop(f"--noise-scale is {args.noise_scale}; with --fresh-latents 0 give 1, for all of the noise")
     if args.num_envs and args.num_envs * args.rollout_decisions < 2:
         one = f"--num-envs {args.num_envs} with --rollout-decisions {args.rollout_decisions}"
         stop(f"{one} makes one sample an iteration; Eq. 3 needs at least 2")

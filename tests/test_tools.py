@@ -293,7 +293,7 @@ def test_the_peers_have_what_the_train_scripts_have():
     peers, flags = vars(train_peers), Args()
     constants = dict(CRITIC_BATCH=CRITIC_BATCH, FLOW_STEPS=FLOW_STEPS, GAMMA=GAMMA, TAU=TAU)
     names = "rollout_decisions window critic_steps td_decisions num_critics critic_lr actor_states"
-    names = [*names.split(), "actor_choice", "fresh_latents"]
+    names = [*names.split(), "actor_choice", "fresh_latents", "noise_scale"]
     constants |= {name.upper(): getattr(flags, name) for name in names}
     constants["WARMUP"] = flags.critic_warmup
     assert {name: peers[name] for name in constants} == constants

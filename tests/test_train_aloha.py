@@ -20,6 +20,8 @@ import pytest
 import torch
 
 from helpers import ROOT, SMALL, assert_refused, assert_same_results, checkpoint, command, here, rows, script
+from evaluate import latents_of
+from fpo_actor import FlowActor
 from support.flags import resumed_args
 from support.logs import CsvLog
 from support.run_files import new_run_folder, save_checkpoint
@@ -68,6 +70,17 @@ def test_writes_what_it_promises(finished):
         int(row["success"]) for row in episodes if (row["policy"], row["env_steps"]) == ("tuned", str(end))
     ]
     assert float(metrics[-1]["eval/success"]) == np.mean(last)
+
+
+def test_the_actor_acts_with_a_part_of_its_noise(finished):
+    """In training and when evaluated. An untrained actor returns its noise, of which Eq. 7 with the K = 4 of
+    this run and η = 0.05 makes 0.96 · 1 · 1.04 · 1.05 times as much."""
+    first = checkpoint(finished[0] / "runs" / "whole")["buffer"][0]["x"]
+    assert first.std().item() == pytest.approx(0.7 * 1.048, rel=0.1)
+    policies = latents_of(FlowActor(3, 24), 4, 0.7)
+    noise = torch.randn(5, 24)
+    torch.testing.assert_close(policies["tuned"](torch.zeros(5, 3), noise), 0.7 * noise)
+    assert (policies["zero noise"](torch.zeros(5, 3), noise) == 0).all()
 
 
 # ---- faults ----
@@ -324,6 +337,8 @@ def beside(finished):
         (["--literal", "--fresh-latents", "8"], ["--fresh-latents is 8", "--literal sets it to 0"]),
         (["--fresh-latents", "0", "--actor-states", "7"], ["--actor-states", "--fresh-latents"]),
         (["--fresh-latents", "1"], ["--fresh-latents is 1", "2 or more"]),
+        (["--fresh-latents", "0"], ["--noise-scale is 0.7", "--fresh-latents 0", "give 1"]),
+        (["--noise-scale", "0"], ["--noise-scale is 0", "more than 0"]),
         (["--num-envs", "1", "--rollout-decisions", "1"], ["--num-envs 1", "at least 2"]),
         (["--eval-episodes", "1001"], ["--eval-episodes is 1001", "1000"]),
         (["--clip-eps", "1.5"], ["--clip-eps is 1.5", "inf"]),
@@ -343,6 +358,7 @@ def beside(finished):
         (["--resume", "runs/folder"], ["runs/folder/last.pt", "cannot be read"]),
         (["--resume", "runs/former"], ["runs/former/last.pt", "earlier version"]),
         (["--resume", "runs/libero"], ["--resume", "task libero_goal, here it is aloha"]),
+        (["--resume", "runs/whole", "--noise-scale", "1"], ["--noise-scale", "leave that flag out"]),
         (["--resume", "runs/eight"], ["--resume", "flow_steps 8, here it is 4"]),
         (["--resume", "runs/other"], ["--resume", "another base"]),
         (["--run-name", "whole"], ["--run-name is whole", "exists already"]),

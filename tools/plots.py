@@ -133,6 +133,7 @@ def play_run(folder, flag, episodes, record=False):
         paths = [paths[(len(paths) - 1) // 2], paths[-1]] if record else paths
         saved = [load_checkpoint(path, flag) for path in paths]
         made, options = saved[0], Pi0Options(**saved[0]["pi0"])
+        way = made["flow_steps"], made["noise_scale"]
     except (OSError, ValueError, KeyError, IndexError):
         stop(f"{flag} is {folder}, where step*.pt is missing or old; give a finished run's folder")
     pictures = record or not made["base"].endswith(".safetensors")
@@ -144,7 +145,7 @@ def play_run(folder, flag, episodes, record=False):
     with Workers(suite.build, tasks, SIMULATORS, base.pictures) as workers:
         for content in (dict(actor=actor.state_dict(), env_steps=0), *saved):  # the untrained one first
             actor.load_state_dict(content["actor"])
-            latents, where = latents_of(actor, made["flow_steps"])["tuned"], (tasks, starts, suite.limit)
+            latents, where = latents_of(actor, *way)["tuned"], (tasks, starts, suite.limit)
             result = evaluate("tuned", latents, base, workers, *where, record=record)
             results.append(dict(result, env_steps=content["env_steps"]))
     return suite, results

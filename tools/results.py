@@ -36,7 +36,7 @@ stored_values: stored value latents; no_self_anchor: no self-anchor;
 no_velocity_anchor: no velocity anchor; no_anchor: no anchor at all;
 drift_limit: no anchor, but the drift limit 0.05; loss_cap: no anchor, but the loss cap 0.1;
 prior_anchor: no anchor, but the prior anchor 0.1; advantage_limit: no anchor, but the advantage limit 1;
-one_step: one decision a target; all_states: states of the actor all alike;
+one_step: one decision a target; all_states: states of the actor all alike; all_noise: with all its noise;
 gae: executed latents, valued by GAE; no_self_fit: own latents not fitted; one_iteration: a window of 1;
 k4: K = 4; k4_midpoint: K = 4, midpoint grid; k4_end: K = 4, end grid;
 raw_ratio: raw ratio exp(Δℓ) (McAllister et al.); half_latent: half the latents;

@@ -23,8 +23,8 @@ from support.run_files import write_atomically
 ALOHA = "--total-env-steps 400000 --eval-every 100000 --eval-episodes 100"
 BUTTER = "--total-env-steps 100000 --eval-every 25000"
 TABLE_2 = dict(complete="", no_clip="--clip-eps inf", k1="--explore-steps 1", single_critic="--num-critics 1")
-EXTRAS = dict(literal="--literal", gae="--fresh-latents 0", no_self_fit="--self-fit 0")
-EXTRAS |= dict(one_step="--td-decisions 1", all_states="--actor-choice 1")
+EXTRAS = dict(literal="--literal", gae="--fresh-latents 0 --noise-scale 1", no_self_fit="--self-fit 0")
+EXTRAS |= dict(one_step="--td-decisions 1", all_states="--actor-choice 1", all_noise="--noise-scale 1")
 EXTRAS |= dict(one_iteration="--window 1", k4="--explore-steps 4", shuffled="--shuffle-advantages")
 # row: its command without --seed and --run-name; three seeds each
 ROWS = {f"aloha_{row}": f"train_aloha.py {ALOHA} {flags}" for row, flags in TABLE_2.items()}
@@ -32,7 +32,10 @@ ROWS |= {f"short_{row}": f"train_aloha.py {ALOHA} {flags}" for row, flags in EXT
 ROWS["aloha_sac"] = f"tools/train_sac.py --task aloha {ALOHA}"
 ROWS["short_cloning"] = f"tools/train_cloning.py --task aloha {ALOHA}"
 ROWS |= {f"butter_{row}": f"train_libero.py {BUTTER} {flags}" for row, flags in TABLE_2.items()}
-ROWS |= {f"butter_{row}": f"train_libero.py {BUTTER} {EXTRAS[row]}" for row in ("one_step", "all_states")}
+ROWS |= {
+    f"butter_{row}": f"train_libero.py {BUTTER} {EXTRAS[row]}"
+    for row in ("one_step", "all_states", "all_noise")
+}
 ROWS["butter_sac"] = f"tools/train_sac.py --task libero_90_task56 {BUTTER}"
 COLUMNS = "row seed status command policy env_steps successes episodes steps_to_90 latent/norm".split()
 

@@ -40,7 +40,7 @@ from support.logs import mean, steps_bar
 # as in the train scripts
 FLOW_STEPS, CRITIC_BATCH, TAU, ROLLOUT_DECISIONS, WINDOW, WARMUP = 4, 128, 0.05, 5, 80, 4
 CRITIC_STEPS, TD_DECISIONS, NUM_CRITICS, CRITIC_LR = 160, 10, 5, 3e-3
-ACTOR_STATES, ACTOR_CHOICE, FRESH_LATENTS = 1600, 4, 8
+ACTOR_STATES, ACTOR_CHOICE, FRESH_LATENTS, NOISE_SCALE = 1600, 4, 8, 0.7
 LOSSES = ("losses/actor", "losses/critic", "losses/cfm_loss", "losses/clip_fraction")
 
 
@@ -58,7 +58,7 @@ class Args:
     run_name: str | None = None  # folder below runs/; <update>_<task>__seed<seed>__<time> if left out
     updates: int = 25  # gradient steps of the actor an iteration
     minibatch_size: int = 512  # samples of one of these
-    actor_lr: float = 5e-4  # learning rate (Adam)
+    actor_lr: float = 1e-3  # learning rate (Adam)
     anneal_lr: bool = True  # let it fall linearly to 0 over the run
     num_draws: int = 2  # N, draws of (u, ε) a sample
     clip_eps: float = 0.05  # ε of fpo and fpo++
@@ -113,7 +113,7 @@ if __name__ == "__main__":
     generator = torch.Generator(device).manual_seed(args.seed)
     buffer, iteration = TrajectoryBuffer(WINDOW), 0
     env_steps, recent = 0, deque(maxlen=100)  # recent: success of the last training episodes
-    policies, kind = latents_of(actor, FLOW_STEPS), f"{args.update}_{args.task}"
+    policies, kind = latents_of(actor, FLOW_STEPS, NOISE_SCALE), f"{args.update}_{args.task}"
 
     folder, metrics, episodes = shared.start_files(args, kind, LOSSES)
     with shared.clean_end(), Workers(suite.build, suite.tasks, args.num_workers) as workers:
@@ -132,7 +132,8 @@ if __name__ == "__main__":
             # ---- rollout ----
             rows = []
             for _ in range(ROLLOUT_DECISIONS):
-                x = actor.sample(s, FLOW_STEPS, generator)  # (E, D)
+                noise = NOISE_SCALE * torch.randn(E, D, generator=generator, device=device)
+                x = actor.sample(s, FLOW_STEPS, noise=noise)  # (E, D)
                 step = envs.step(base.decode(context, x).cpu().numpy())
                 env_steps += int(step["num_steps"].sum())
                 bar.update(int(step["num_steps"].sum()))
@@ -148,7 +149,8 @@ if __name__ == "__main__":
             # ---- update: the critics, then the actor ----
             torch.set_num_threads(min(CPUS, 4))
             w = {k: buffer.flat(k) for k in rows[0]}  # (W T E, …)
-            w["x_next"], infos = actor.sample(w["s_next"], FLOW_STEPS, generator), []
+            noise = NOISE_SCALE * torch.randn(len(w["r"]), D, generator=generator, device=device)
+            w["x_next"], infos = actor.sample(w["s_next"], FLOW_STEPS, noise=noise), []
             r_n, discount_n, end = n_step(w["r"], w["discount"], w["ended"], E, TD_DECISIONS)
             for _ in range(CRITIC_STEPS):
                 i = torch.randint(len(w["r"]), (CRITIC_BATCH,), generator=generator, device=device)
