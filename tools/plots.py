@@ -119,7 +119,7 @@ def draw_ablations(out, path):
 
 
 def play_run(folder, flag, episodes, record=False):
-    """Evaluation episodes with a run's untrained actor and with those of its checkpoints; `record`: of one
+    """Evaluation episodes with the base and with the actors of a run's checkpoints; `record`: of one
     half way and the last, with frames. -> suite, results of evaluate() with env_steps"""
     from base import Pi0Options, load_base
     from envs import cloned_tasks, load_suite
@@ -143,11 +143,14 @@ def play_run(folder, flag, episodes, record=False):
     tasks, actor = cloned_tasks(suite, base), FlowActor(base.state_dim, base.latent_dim).to(base.device)
     starts = suite.starts[: -(-episodes // len(tasks))]
     with Workers(suite.build, tasks, SIMULATORS, base.pictures) as workers:
-        for content in (dict(actor=actor.state_dict(), env_steps=0), *saved):  # the untrained one first
-            actor.load_state_dict(content["actor"])
-            latents, where = latents_of(actor, *way)["tuned"], (tasks, starts, suite.limit)
-            result = evaluate("tuned", latents, base, workers, *where, record=record)
-            results.append(dict(result, env_steps=content["env_steps"]))
+        latents, where = latents_of(actor, *way), (tasks, starts, suite.limit)
+        for content in (None, *saved):  # the base first
+            policy, env_steps = "base", 0
+            if content:
+                actor.load_state_dict(content["actor"])
+                policy, env_steps = "tuned", content["env_steps"]
+            result = evaluate(policy, latents[policy], base, workers, *where, record=record)
+            results.append(dict(result, env_steps=env_steps))
     return suite, results
 
 
