@@ -43,8 +43,8 @@ def gaussian_velocity(u):
 class FlowActor(nn.Module):
     """Velocity field v_θ(x, u | s) = c(u) x + net(x, u, s), net zero at the start.
 
-    So the untrained actor samples exactly N(0, I), which leaves the frozen base at its prior performance, and
-    its CFM loss is already optimal for that. Shapes: x (B, D), u (B,), s (B, S).
+    So the untrained actor samples exactly N(0, I), the noise that the frozen base was trained with, and its
+    CFM loss is already optimal for that. Shapes: x (B, D), u (B,), s (B, S).
     """
 
     def __init__(self, state_dim, latent_dim, hidden=256, blocks=2):

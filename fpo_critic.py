@@ -93,7 +93,7 @@ def n_step(r, discount, ended, num_envs, n):
     r, discount, ended: (W T E,), as the buffer's `flat` has them: num_envs rows on is an environment's next
     decision. -> R (W T E,), the discounted sum of n rewards; G (W T E,), the product of n discounts; end
     (W T E,), the row whose s' and `terminated` belong to them. Fewer than n decisions count where the episode
-    ends or the rows do.
+    ends or the rows do. For n > 1 the rewards are those of the actors of then; nothing corrects for that.
     """
     R, G, end = r.clone(), discount.clone(), torch.arange(len(r), device=r.device)
     goes_on, here = ended[:-num_envs] == 0, end[:-num_envs].clone()
@@ -152,8 +152,8 @@ def draw_states(critic, s, pair, num, generator=None):
     """Draw states in proportion to |Q(s, x̃_1) - Q(s, x̃_2)|: those at which the choice of a latent decides.
 
     s: (B, S), pair: (B, 2, D), two fresh latents each -> num different rows of s, num <= B. Q is the mean of
-    the ensemble. Without replacement: no row comes more than B/num times as often as evenly. So a state
-    counts by how far its latents differ in Q, which `latent_advantage` divides out.
+    the ensemble. One after the other, without replacement: none comes over B/num times as often as evenly.
+    So a state counts by how far its latents differ in Q, which `latent_advantage` divides out.
     """
     apart = q_of_latents(critic, s, pair).mean(0).diff(dim=1).abs().squeeze(1)
     apart = apart.nan_to_num(0.0, 0.0)  # a Q that has overflowed is for the caller to notice

@@ -22,7 +22,7 @@ def ratio_from_cfm(delta, beta, sigma_floor):
 
     Read literally, "stop gradients through ρ" leaves no gradient at all. μ and σ are detached, ρ is not.
     At θ = θ_old Δ is 0, up to rounding, and z is 0/0, so σ is at least sigma_floor. With 2β/D the slope under
-    the floor is that of ρ = exp(½ Δ), Δ summed over dimensions: the ratio of two Gaussians of variance 1.
+    the floor is that of ρ = exp(½ Δ), Δ summed over the D dimensions of x: about that of two Gaussians.
     """
     mu, sigma = delta.detach().mean(), delta.detach().std(correction=0).clamp_min(sigma_floor)
     return torch.exp(beta * (delta - mu) / sigma), sigma

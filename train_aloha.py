@@ -55,9 +55,9 @@ class Args:
     actor_lr: float = 1e-3  # learning rate of θ (Adam)
     anneal_lr: bool = True  # let the actor's learning rate fall linearly to 0 over the run
     critic_lr: float = 3e-3  # learning rate of φ (Adam)
-    beta: float = 0.2  # β of Eq. 3, sharpness of the ratio
+    beta: float = 0.2  # β of Eq. 3, sharpness of the ratio where σ is above its floor
     clip_eps: float = 0.5  # ε of Eq. 4; inf leaves the clip out (Table II)
-    self_fit: float = 0.5  # κ, added to every ρ A: fits what the actor learns from (not in the paper); 0: off
+    self_fit: float = 0.5  # κ, weight of ℓ_cfm itself beside Eq. 4 (not in the paper); 0: off
     explore_steps: int = 0  # K of Eq. 7, latent exploration steps in training
     num_critics: int = 5  # M, members of the ensemble
     clamp_target: bool = True  # keep the target of Eq. 5 within [0, 1], where the return lies
@@ -203,7 +203,7 @@ if __name__ == "__main__":
             # lines 17-18: x' ~ π_θ(· | s'), (W T E, D), once for all critic steps, in which θ rests
             w["x_next"] = actor.sample(w["s_next"], FLOW_STEPS, noise=c * torch.randn(size, D, **draw))
             within = (0, 1) if args.clamp_target else None  # the return lies there: one reward of at most 1
-            # n decisions at once: a reward at an episode's end soon reaches its first decision
+            # n decisions at once, uncorrected: a reward at an episode's end soon reaches its first
             r_n, discount_n, end = n_step(w["r"], w["discount"], w["ended"], E, args.td_decisions)
             for _ in range(args.critic_steps):
                 i = torch.randint(size, (CRITIC_BATCH,), **draw)  # line 15
@@ -219,7 +219,7 @@ if __name__ == "__main__":
             if args.fresh_latents:  # nobody has executed them; the critics value them at states of the window
                 s_c = w["s"][torch.randint(size, (args.actor_choice * args.actor_states,), **draw)]
                 pair = actor.sample(s_c.repeat_interleave(2, 0), FLOW_STEPS, generator).view(-1, 2, D)
-                # where any latent will do, the critics' noise would drown the states where it decides
+                # where any latent will do, the critics' errors would drown the states where it decides
                 s_c = s_c[draw_states(critic, s_c, pair, args.actor_states, generator)]
                 s_a = s_c.repeat_interleave(args.fresh_latents, 0)
                 x_a = actor.sample(s_a, FLOW_STEPS, generator)
@@ -253,7 +253,7 @@ if __name__ == "__main__":
                 cfm = actor.cfm_loss(x_a[i], s_a[i], u[i], eps[i])  # line 23: ℓ_cfm(x | s; θ), (b,)
                 # lines 23-25 and 27, Eq. 2-4
                 loss, info = fpo_loss(cfm, cfm_init[i], adv[i], args.beta, args.clip_eps, sigma_floor)
-                # adds κ to every ρ A; without it the field drifts from what the actor samples
+                # as if κ were added to every A; without it the field drifts from what the actor samples
                 loss = loss + args.self_fit * info.pop("slope") * cfm.mean()
                 actor_adam.zero_grad()
                 loss.backward()
