@@ -95,7 +95,7 @@ def check_args(args, suite):
         ("seed", lambda v: v < 2**63, "it must be below 2**63"),
         ("self_fit", lambda v: 0 <= v < math.inf, "it must be finite and not negative"),
         ("actor_lr critic_lr beta", lambda v: 0 < v < math.inf, "it must be positive and finite"),
-        ("noise_scale", lambda v: 0 < v <= 1, "give more than 0, and 1 for all of the noise"),
+        ("noise_scale", lambda v: 0 < v <= 1, "give more than 0, and at most 1, all of the noise"),
         ("clip_eps", lambda v: 0 < v < 1 or v == math.inf, "give ε between 0 and 1, or inf for no clip"),
         ("fresh_latents", lambda v: v == 0 or v > 1, "give 2 or more to compare, or 0 for the executed ones"),
     )
