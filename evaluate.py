@@ -235,7 +235,7 @@ if __name__ == "__main__":
     device = ranks.connect(args.device)
     base = load_base(base_name, args.pi0, suite, device, steerable=False)
     tasks = cloned_tasks(suite, base)
-    actor, way = None, (None,)
+    actor, way = None, (None, None)  # way to act: flow steps, noise scale
     names = ["base", "zero latents"] if base.latent_dim else ["base"]
     if saved:
         now = dict(

@@ -62,7 +62,7 @@ class Args:
     num_critics: int = 5  # M, members of the ensemble
     clamp_target: bool = True  # keep the target of Eq. 5 within [0, 1], where the return lies
     shuffle_advantages: bool = False  # permute the advantages: a control that must not learn
-    literal: bool = False  # to the paper's letter: sets all that docs/decisions.md says it does
+    literal: bool = False  # self-fit, fresh-latents 0, td-decisions, noise-scale 1, no clamp, σ floor 1e-8
     base: str = "weights/aloha.safetensors"  # frozen policy: a file, or a π_0's folder or hub name
     pi0: Pi0Options = field(default_factory=Pi0Options)
     eval_every: int = 150_000  # control steps between evaluations

@@ -66,7 +66,7 @@ class Args:
     num_critics: int = 5  # M, members of the ensemble
     clamp_target: bool = True  # keep the target of Eq. 5 within [0, 1], where the return lies
     shuffle_advantages: bool = False  # permute the advantages: a control that must not learn
-    literal: bool = False  # to the paper's letter: sets all that docs/decisions.md says it does
+    literal: bool = False  # self-fit, fresh-latents 0, td-decisions, noise-scale 1, no clamp, σ floor 1e-8
     base: str | None = None
     """frozen policy: weights/<suite>.safetensors if left out; a π_0's folder or hub name"""
     pi0: Pi0Options = field(default_factory=Pi0Options)
