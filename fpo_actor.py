@@ -47,7 +47,7 @@ class FlowActor(nn.Module):
     CFM loss is already optimal for that. Shapes: x (B, D), u (B,), s (B, S).
     """
 
-    def __init__(self, state_dim, latent_dim, hidden=256, blocks=2):
+    def __init__(self, state_dim, latent_dim, hidden=128, blocks=2):
         super().__init__()
         self.state_dim, self.latent_dim = state_dim, latent_dim
         # u enters as sines and cosines with periods of 2, 1, … 1/16

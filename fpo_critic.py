@@ -54,7 +54,7 @@ class QEnsemble(nn.Module):
     LayerNorm keeps TD learning stable at high learning rates; a zero output layer starts every Q at 0.
     """
 
-    def __init__(self, state_dim, latent_dim, num_critics, hidden=256):
+    def __init__(self, state_dim, latent_dim, num_critics, hidden=128):
         super().__init__()
         self.num_critics = num_critics
         self.layers = nn.Sequential(
