@@ -204,7 +204,7 @@ if __name__ == "__main__":
                 f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1, or be left out"
             )
     saved = load_checkpoint(args.what, "the checkpoint") if args.what.endswith(".pt") else None
-    if saved and not {"pi0", "flow_steps", "noise_scale"} <= saved.keys():
+    if saved and not {"pi0", "flow_steps", "noise_scale", "hidden"} <= saved.keys():
         stop(f"the checkpoint {args.what} is of a baseline or an older version; give one of a train script")
     if args.video and saved is None:
         stop(
@@ -242,7 +242,7 @@ if __name__ == "__main__":
             task=suite.name, base_sha256=base.sha256, latent_dim=base.latent_dim, chunk_steps=base.chunk_steps
         )
         check_same(saved, now, args.what, "the checkpoint")
-        actor = FlowActor(base.state_dim, base.latent_dim).to(device)
+        actor = FlowActor(base.state_dim, base.latent_dim, saved["hidden"]).to(device)
         way = saved["flow_steps"], saved["noise_scale"]
         actor.load_state_dict(saved["actor"])
         names += ["tuned", "zero noise"]

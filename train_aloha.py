@@ -122,7 +122,7 @@ if __name__ == "__main__":
 
     # ---- run folder; with --resume everything as it was left ----
     made_for = dict(task=suite.name, base_sha256=base.sha256, latent_dim=D, chunk_steps=base.chunk_steps)
-    made_for |= dict(pi0=vars(args.pi0), flow_steps=FLOW_STEPS, noise_scale=c)  # what it is good for
+    made_for |= dict(pi0=vars(args.pi0), flow_steps=FLOW_STEPS, noise_scale=c, hidden=len(actor.inp.bias))
     saved = load_checkpoint(Path(args.resume) / "last.pt", "--resume", made_for) if args.resume else None
     if saved:
         for name, part in learners.items():

@@ -164,7 +164,7 @@ def load_checkpoint(path, flag, made_for=None):
     if hashlib.sha256(data).digest() != digest:
         stop(f"{flag}: {path} is damaged or no checkpoint of this project; use another one of the folder")
     content = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
-    if "suite" not in content:
+    if not {"suite", *(made_for or {})} <= content.keys():
         stop(f"{flag}: {path} was written by an earlier version of this project; use that version")
     check_same(content, made_for or {}, path, flag)
     return content
@@ -173,6 +173,6 @@ def load_checkpoint(path, flag, made_for=None):
 def check_same(saved, made_for, path, flag):
     """Stop unless a checkpoint was made with what stands in `made_for`."""
     for name, value in made_for.items():
-        if saved.get(name, value) != value:
+        if saved[name] != value:
             what = "another base" if name == "base_sha256" else f"{name} {saved[name]}, here it is {value}"
             stop(f"{flag}: {path} is of {what}; give the same here, or another checkpoint")

@@ -314,6 +314,7 @@ def beside(finished):
         folder=lambda path: path.mkdir(),  # root can read every file
         libero=lambda path: save_checkpoint(path.parent, content | dict(task="libero_goal"), args),
         eight=lambda path: save_checkpoint(path.parent, content | dict(flow_steps=8), args),
+        wide=lambda path: save_checkpoint(path.parent, content | dict(hidden=256), args),
         baseline=lambda path: save_checkpoint(path.parent, dict(actor={}, env_steps=0), args),
         other=lambda path: save_checkpoint(path.parent, content | dict(base_sha256="0"), args),
         former=lambda path: path.write_bytes(former + hashlib.sha256(former).digest()),
@@ -360,6 +361,7 @@ def beside(finished):
         (["--resume", "runs/libero"], ["--resume", "task libero_goal, here it is aloha"]),
         (["--resume", "runs/whole", "--noise-scale", "1"], ["--noise-scale", "leave that flag out"]),
         (["--resume", "runs/eight"], ["--resume", "flow_steps 8, here it is 4"]),
+        (["--resume", "runs/wide"], ["--resume", "hidden 256, here it is 128"]),
         (["--resume", "runs/other"], ["--resume", "another base"]),
         (["--run-name", "whole"], ["--run-name is whole", "exists already"]),
         (["--run-name", 300 * "long"], ["--run-name is long", "name too long"]),

@@ -133,7 +133,7 @@ BUTTER = str(ROOT / "weights" / "libero_90_task56.safetensors")
 )
 def test_bad_input_gets_one_sentence_and_touches_nothing(tmp_path, name, flags, words):
     args = SimpleNamespace(base="weights/libero_goal.safetensors", suite="libero_goal", task_ids=None)
-    content = dict(task="aloha", env_steps=0, pi0={}, flow_steps=4, noise_scale=0.7)
+    content = dict(task="aloha", env_steps=0, pi0={}, flow_steps=4, noise_scale=0.7, hidden=128)
     save_checkpoint(tmp_path, content, args)
     (tmp_path / "last.pt").rename(tmp_path / "aloha.pt")
     FlowBase(HEADER).save(tmp_path / "base.safetensors")

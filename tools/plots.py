@@ -133,14 +133,15 @@ def play_run(folder, flag, episodes, record=False):
         paths = [paths[(len(paths) - 1) // 2], paths[-1]] if record else paths
         saved = [load_checkpoint(path, flag) for path in paths]
         made, options = saved[0], Pi0Options(**saved[0]["pi0"])
-        way = made["flow_steps"], made["noise_scale"]
+        way, hidden = (made["flow_steps"], made["noise_scale"]), made["hidden"]
     except (OSError, ValueError, KeyError, IndexError):
         stop(f"{flag} is {folder}, where step*.pt is missing or old; give a finished run's folder")
     pictures = record or not made["base"].endswith(".safetensors")
     suite = load_suite(made["suite"] or "aloha", made["task_ids"], pictures)
     base = load_base(made["base"], options, suite, connect("auto"))
     check_same(made, dict(base_sha256=base.sha256), folder, flag)
-    tasks, actor = cloned_tasks(suite, base), FlowActor(base.state_dim, base.latent_dim).to(base.device)
+    tasks = cloned_tasks(suite, base)
+    actor = FlowActor(base.state_dim, base.latent_dim, hidden).to(base.device)
     starts = suite.starts[: -(-episodes // len(tasks))]
     with Workers(suite.build, tasks, SIMULATORS, base.pictures) as workers:
         latents, where = latents_of(actor, *way), (tasks, starts, suite.limit)
