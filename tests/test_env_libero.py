@@ -211,6 +211,7 @@ def test_what_a_goal_needs_opened_is_observed(simulator):
     np.testing.assert_allclose([moved[0], np.linalg.norm(moved[1:])], [-0.05, 0.05], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_placements_come_from_the_regions_and_are_never_an_official_state(simulator, workers):
     """The butter's region is 5 cm wide (BDDL). No training start is within 1 mm of an official one, both
     settled, in all objects."""
@@ -278,6 +279,7 @@ def test_what_stands_on_a_fixture_is_placed_there():
         )
 
 
+@pytest.mark.slow
 def test_the_number_of_workers_changes_nothing(workers):
     actions = np.random.default_rng(1).uniform(-1, 1, (2, 5, 4, 7))
     results = []

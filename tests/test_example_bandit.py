@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parents[1] / "example_bandit.py"
 
 
+@pytest.mark.slow
 def test_the_bandit_learns_and_draws_its_picture(tmp_path):
     command = [sys.executable, SCRIPT]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)

@@ -141,6 +141,7 @@ def test_a_run_outlives_its_terminal_and_finds_weights_that_have_moved(mute):
     assert len(rows(cwd / "runs" / "cut" / "metrics.csv")) > before
 
 
+@pytest.mark.slow
 def test_started_through_a_link_and_without_docstrings(tmp_path):
     (tmp_path / "link.py").symlink_to(ROOT / TRAIN)
     result = script(tmp_path / "link.py", tmp_path, "--run-name", "a/b")
@@ -190,6 +191,7 @@ def test_cores_of_a_container(tmp_path):
         assert cores(tmp_path) == expected
 
 
+@pytest.mark.slow
 def test_a_world_size_that_a_platform_has_left(tmp_path):
     left = dict(WORLD_SIZE="2", RANK=None, MASTER_ADDR=None, MASTER_PORT=None)
     assert_refused(script(TRAIN, tmp_path, *SHORT, **left), ["WORLD_SIZE is 2", "torchrun"])
@@ -224,7 +226,8 @@ def test_no_shared_memory_ends_a_script_with_one_sentence(tmp_path, monkeypatch)
 # ---- OpenGL ----
 
 
-@pytest.mark.parametrize("backend", [pytest.param("osmesa", marks=pytest.mark.slow), "nonsense"])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["osmesa", "nonsense"])
 def test_an_opengl_library_that_is_not_there(tmp_path, backend):
     if backend == "osmesa" and ctypes.util.find_library("OSMesa"):
         pytest.skip("OSMesa is here")

@@ -28,6 +28,7 @@ def demonstrations(tmp_path_factory):
     return cwd, result.stdout
 
 
+@pytest.mark.slow
 def test_each_grasp_works_on_its_half_of_the_table(demonstrations):
     """The slide where the cube lies far from the arm, the hook where it is near; both at every place."""
     from demo_aloha import ARM, MODES

@@ -415,6 +415,7 @@ def test_bad_input_of_a_process_of_its_own(beside):
     assert {path: path.stat().st_mtime_ns for path in cwd.rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_pictures_without_egl(finished):
     cwd, _ = finished
     for name, *flags in ((TRAIN, "--base", "a_pi0"), ("evaluate.py", "runs/whole/last.pt", "--video")):

@@ -141,6 +141,7 @@ def test_bad_input_gets_one_sentence_and_touches_nothing(tmp_path, name, flags, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["aloha.pt", "base.safetensors"]
 
 
+@pytest.mark.slow
 def test_without_egl(tmp_path):
     assert_refused(script(TRAIN, tmp_path, "--seed", 1, MUJOCO_GL="disable"), ["EGL", "libegl1"])
     assert not list(tmp_path.iterdir())

@@ -60,6 +60,7 @@ def hang_once(_, flag):
     return "done"
 
 
+@pytest.mark.slow
 def test_a_worker_that_hangs_is_replaced(tmp_path):
     with Workers(build, [0], 1, timeout=5) as pool:
         pool.reset([0], [0.0])  # it has started
@@ -73,6 +74,7 @@ def die_at_three(_, number):
     return number
 
 
+@pytest.mark.slow
 def test_a_lost_job_is_lost_alone_or_is_an_error(workers):
     assert workers.map(die_at_three, [1, 2, 3, 4, 5], may_lose=True) == [1, 2, None, 4, 5]
     assert workers.map(die_at_three, [3], may_lose=True) == [None]  # the last episode that is still played
