@@ -1,6 +1,6 @@
 """Flow Policy Optimization (FPO) on ALOHA Transfer Cube: Algorithm 1 of arXiv 2510.09976, top to bottom.
 
-    python train_aloha.py --seed 1                              # train; 15 minutes on one core
+    python train_aloha.py --seed 1                              # train; 11 minutes on one core
     python train_aloha.py --resume runs/<name>                  # go on after an interruption, bit for bit
     python evaluate.py runs/<name>/last.pt --video              # look at what it learned
     torchrun --nproc-per-node 8 train_aloha.py --num-envs 256   # several processes or GPUs, one run
