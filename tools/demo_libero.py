@@ -49,7 +49,6 @@ TILT = 0.25  # rad, by which the hand points ahead or back
 WRONG = 10.0  # centimetres that the reach is led astray for each that the hand starts too high or low
 POINTS = 5.0  # rad by which it points back for each metre of that, so that its pose shows it on the way
 ROUNDS, CHANCE = 20, 0.08  # of the search for the edges: episodes, and how often one ends by chance
-MARGIN = 0.003  # m that the aims keep from these edges, for a clone is less exact than what it imitates
 # Where a hand that points ahead (0) or back (1) cannot grip: it points down
 UPRIGHT = {("libero_goal", 5): 0, ("libero_goal", 7): 0, ("libero_spatial", 5): 1, ("libero_spatial", 6): 1}
 APART = 0.052  # m from the middle of a place that two objects share
@@ -604,8 +603,7 @@ def make_demos(args, suite):
         if args.short:
             short = dict.fromkeys(suite.tasks, [x / 100 for x in args.short])
         else:
-            found = edges(workers, args, suite)
-            short = {k: [max(0.0, x - MARGIN) for x in pair] for k, pair in found.items()}
+            short = edges(workers, args, suite)
             print("falls short by (cm):", {k: [round(100 * x, 2) for x in pair] for k, pair in short.items()})
         for k in suite.tasks:
             rng = np.random.default_rng([2, args.seed, k, 0])  # 2: demonstrations; 1 is training
