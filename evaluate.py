@@ -204,7 +204,7 @@ if __name__ == "__main__":
                 f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1, or be left out"
             )
     saved = load_checkpoint(args.what, "the checkpoint") if args.what.endswith(".pt") else None
-    if saved and not {"pi0", "flow_steps", "noise_scale", "hidden"} <= saved.keys():
+    if saved and "hidden" not in saved:
         stop(f"the checkpoint {args.what} is of a baseline or an older version; give one of a train script")
     if args.video and saved is None:
         stop(
