@@ -117,7 +117,7 @@ def evaluate_and_save(latents, base, workers, suite, args, episodes, folder, che
 
 def check_baseline(args):
     """Fill in what depends on the task. Stop with one sentence at a flag that cannot be. -> the suite"""
-    steps, every, episodes = (800_000, 200_000, 200) if args.task == "aloha" else (150_000, 50_000, 50)
+    steps, every, episodes = (300_000, 150_000, 200) if args.task == "aloha" else (100_000, 50_000, 50)
     fill_in(args, total_env_steps=steps, eval_every=every, eval_episodes=episodes)
     check_limits(args, "total_env_steps num_envs num_workers minibatch_size eval_every", 1)
     check_limits(args, "updates actor_lr", 1e-9)

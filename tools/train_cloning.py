@@ -35,10 +35,10 @@ class Args:
     task: Literal["aloha", "libero_90_task56"] = "aloha"  # what to train on
     seed: int = 1  # of the networks, every draw and the training episodes
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where the networks run; auto is CUDA if there is one
-    total_env_steps: int | None = None  # control steps of training; 800 000, for LIBERO 150 000 if left out
+    total_env_steps: int | None = None  # control steps of training; 300 000, for LIBERO 100 000 if left out
     num_envs: int = 32  # parallel environments
     num_workers: int = SIMULATORS  # simulator processes; the results do not depend on it
-    eval_every: int | None = None  # control steps between evaluations; 200 000, for LIBERO 50 000 if left out
+    eval_every: int | None = None  # control steps between evaluations; 150 000, for LIBERO 50 000 if left out
     eval_episodes: int | None = None  # at start and end, half of it between; 200, for LIBERO 50 if left out
     run_name: str | None = None  # folder below runs/; cloning_<task>__seed<seed>__<time> if left out
     rollout_decisions: int = 10  # latent chunks an environment and iteration

@@ -38,10 +38,10 @@ class Args:
     task: Literal["aloha", "libero_90_task56"] = "aloha"  # what to train on
     seed: int = 1  # of the networks, every draw and the training episodes
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where the networks run; auto is CUDA if there is one
-    total_env_steps: int | None = None  # control steps of training; 800 000, for LIBERO 150 000 if left out
+    total_env_steps: int | None = None  # control steps of training; 300 000, for LIBERO 100 000 if left out
     num_envs: int = 32  # parallel environments
     num_workers: int = SIMULATORS  # simulator processes; the results do not depend on it
-    eval_every: int | None = None  # control steps between evaluations; 200 000, for LIBERO 50 000 if left out
+    eval_every: int | None = None  # control steps between evaluations; 150 000, for LIBERO 50 000 if left out
     eval_episodes: int | None = None  # at start and end, half of it between; 200, for LIBERO 50 if left out
     run_name: str | None = None  # folder below runs/; sac_<task>__seed<seed>__<time> if left out
     warmup_decisions: int = 1000  # first decisions with latents from N(0, I), before any update
@@ -50,7 +50,7 @@ class Args:
     actor_lr: float = 3e-4  # learning rate of the actor and of the temperature (Adam)
     anneal_lr: bool = False  # let the actor's learning rate fall linearly to 0 over the run, as FPO's does
     critic_lr: float = 1e-3  # learning rate of the critics (Adam)
-    td_decisions: int = 1  # n, decisions whose rewards a target adds up; FPO has 10
+    td_decisions: int = 10  # n, decisions whose rewards a target adds up, as FPO's
     target_entropy: float = 0.7
     """entropy that the temperature aims at, nats a latent dimension; N(0, 1) has 1.42"""
     temperature: float = 0.001
@@ -63,7 +63,7 @@ class Args:
 class TanhGaussianActor(nn.Module):
     """x = b tanh(z / b), z ~ N(μ(s), σ(s)²); μ = 0, σ = 1 at first, of which b = 3 leaves 0.91."""
 
-    def __init__(self, state_dim, latent_dim, bound, hidden=256):
+    def __init__(self, state_dim, latent_dim, bound, hidden=128):
         super().__init__()
         self.bound = bound
         first = nn.Linear(state_dim, hidden), nn.LayerNorm(hidden), nn.SiLU()
