@@ -41,7 +41,10 @@ def connect(device):
     if device == "cpu" or not torch.cuda.is_available():
         device, backend = torch.device("cpu"), "gloo"
     else:
-        device, backend = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), "cpu:gloo,cuda:nccl"
+        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE") or 1), torch.cuda.device_count()
+        if WORLD > 1 and here > gpus:
+            stop(f"--nproc-per-node is {here}, but there are {gpus} GPUs; give {gpus}, or --device cpu")
+        device, backend = torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0)), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
     if WORLD > 1:
         # torchrun keeps its store over a restart, with dead ranks' addresses: ours has a part for every start

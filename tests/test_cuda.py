@@ -69,7 +69,7 @@ def test_base_on_the_gpu_equals_the_cpu():
         for device in ("cpu", "cuda"):
             torch.manual_seed(0)
             base = FlowBase.load(file, device=device)
-            observation, w = torch.randn(16, base.state_dim), torch.randn(16, base.latent_dim)
+            observation, w = torch.randn(16, len(base.state_mean)), torch.randn(16, base.latent_dim)
             observation = base.state_mean.cpu() + observation * base.state_std.cpu()
             chunks.append(base.decode(base.encode(observation)[1], w.to(device)).cpu())
         torch.testing.assert_close(*chunks, rtol=1e-4, atol=1e-4)
