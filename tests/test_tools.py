@@ -336,7 +336,6 @@ BAD = {  # command: what its sentence says
     "train_sac --bound 0": ["--bound is 0"],
     "train_sac --updates inf": ["--updates is inf", "finite"],
     "train_sac --task libero_90_task56 --eval-episodes 51": ["--eval-episodes is 51", "50"],
-    "watch_memory 1 nofolder/x.csv": ["a file to write"],
     "plots --latents nowhere --out .": ["--latents", "nowhere"],
     f"plots --latents {RESULTS}/aloha/seed1 --out .": ["--latents", "step*.pt"],
     "plots --strip nowhere --out .": ["--strip is nowhere"],
