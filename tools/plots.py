@@ -15,8 +15,7 @@ from shared import ROOT, check_limits  # first: it makes the folder above known
 import matplotlib.pyplot as plt
 import numpy as np
 
-from results import COLORS, TABLE_2, evaluations, on_common_states, t_half, training_curves
-from run_ablations import read_table
+from results import COLORS, TABLE_2, evaluations, on_common_states, read_table, t_half, training_curves
 from support.flags import parse_args, stop
 from support.run_files import check_same, load_checkpoint, make_out_folder
 

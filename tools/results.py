@@ -3,6 +3,7 @@
 `python tools/results.py` writes curve.png and tables in the folders of results/, and the tables in the pages.
 """
 
+import csv
 import re
 
 from shared import ROOT  # first: it makes the folder above known
@@ -10,7 +11,6 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy import stats
 
-from run_ablations import read_table
 from support.flags import parse_args
 from support.logs import wilson
 from support.run_files import write_atomically
@@ -43,6 +43,14 @@ raw_ratio: raw ratio exp(Δℓ) (McAllister et al.); half_latent: half the laten
 floor: σ floor 1e-8; floor_no_clip: σ floor 1e-8, without clipping;
 shuffled: shuffled advantages; cloning: cloning of successes instead of FPO"""  # the other rows
 COLORS = ["#332288", "#88ccee", "#44aa99", "#999933", "#cc6677"]  # Paul Tol's, safe for colour-blind readers
+
+
+def read_table(path):
+    """The lines of a CSV file as dicts; none if it is not there."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def evaluations(path):
@@ -100,9 +108,10 @@ def over_seeds(counts):
     return f"{100 * total[0] / total[1]:.1f} % [{max(0.0, low):.1f}, {min(100.0, high):.1f}]"
 
 
-def pooled(counts):
-    """Success of all episodes, over seeds, as text; a dash if there are none."""
-    successes, episodes = np.sum([(0, 0), *counts], 0)
+def pooled(lines, task, policy):
+    """Success over all seeds as text, a dash if nothing was played. lines: of table.csv"""
+    lines = [v for v in lines if (v["task_id"], v["task"], v["policy"]) == (*task, policy)]
+    successes, episodes = (sum(int(v[name] or 0) for v in lines) for name in ("successes", "episodes"))
     return f"{100 * successes / episodes:.0f} % of {episodes}" if episodes else "–"
 
 
@@ -165,17 +174,12 @@ def write_tasks(results):
         )
         if task not in SUITES:
             continue
-        counts = {}  # {task's number and name: {policy: [(successes, episodes) of each seed]}}
-        for file in sorted(results.glob(f"{pattern}/table.csv")):
-            for line in read_table(file):
-                if line["task_id"].isdigit():  # the others are the average
-                    pair = int(line["successes"] or 0), int(line["episodes"] or 0)
-                    of_task = counts.setdefault((line["task_id"], line["task"]), {})
-                    of_task.setdefault(line["policy"], []).append(pair)
-        for (number, name), policies in counts.items():
-            kinds = "base", "zero latents", "tuned", "zero noise"
-            row = (pooled(policies.get(kind, [])) for kind in kinds)
-            suites.append([label, number, name.replace("_", " "), *row])
+        lines = [line for file in sorted(results.glob(f"{pattern}/table.csv")) for line in read_table(file)]
+        for task in dict.fromkeys((line["task_id"], line["task"]) for line in lines):
+            if task[0].isdigit():  # the others are the average
+                kinds = "base", "zero latents", "tuned", "zero noise"
+                cells = (pooled(lines, task, kind) for kind in kinds)
+                suites.append([label, task[0], task[1].replace("_", " "), *cells])
     head = "task | base | zero latents | constant latent | best of 16 | FPO | from zero noise | seeds | steps"
     publish(results / "summary.md", f"{head} | paper, π_0-FPO", summary)
     head = "suite | | task | base | zero latents | tuned | from zero noise"
@@ -198,27 +202,32 @@ def training_curves(path):
 
 def write_ablations(path):
     """table2.md and extras.md beside runs.csv: success at a quarter, half and all of the budget; when 90 of
-    the last 100 training episodes had succeeded, and the share of them that did in the last quarter."""
+    the last 100 training episodes had succeeded, the share of them that did in the last quarter, and the mean
+    norm of the latents since the evaluation before the last."""
     runs, cells, curves = {}, {}, training_curves(path.with_name("runs_curves.csv"))
     for line in read_table(path):
-        lines = runs.setdefault(line["row"], {}).setdefault(line["seed"], [])
+        points = runs.setdefault(line["row"], {}).setdefault(line["seed"], [])
         if line["policy"] == "tuned":
-            steps, success, _ = curves[line["row"]][line["seed"]]
-            lines.append(line | dict(late=success[steps > 0.75 * steps[-1]].mean()))
+            points.append([int(line[name]) for name in ("env_steps", "successes", "episodes")])
     for row, seeds in runs.items():
-        found = [lines for lines in seeds.values() if lines]
+        found = {seed: points for seed, points in seeds.items() if points}
         cells[row] = [str(len(found)) + (f" of {len(seeds)}" if len(found) < len(seeds) else "")]
         for k in (0, 1, 3):  # a run that stopped early counts with its last evaluation
-            last = [lines[: k + 1][-1] for lines in found]
-            counts = [(int(line["successes"]), int(line["episodes"])) for line in last]
-            cell = over_seeds(counts)
+            cell = over_seeds([points[: k + 1][-1][1:] for points in found.values()])
             cells[row].append(f"**{cell}**" if k == 3 else cell)
-        for column, unit, digits in (("steps_to_90", 1000, 0), ("late", 0.01, 1), ("latent/norm", 1, 1)):
-            known = [float(line[column]) / unit for line in last if line.get(column)]
+        training = []  # of each seed
+        for seed, points in found.items():
+            steps, success, norm = curves[row][seed]
+            # the first episodes to end are the quick, successful ones: not before 100 failures can have
+            to_90 = steps[(steps >= 50_000) & (success >= 0.9)]
+            late, since = steps > 0.75 * steps[-1], steps > [[0], *points][-2][0]
+            training.append((to_90[:1] / 1000, 100 * success[late].mean(), norm[since].mean()))
+        for values, digits in zip(zip(*training), (0, 1, 1)):
+            known = np.hstack(values)
             text = ", ".join(f"{value:.{digits}f}" for value in known) or "–"
             if len(known) > 2:
                 text = f"{np.mean(known):.{digits}f} ± {t_half(known):.{digits}f}"
-            some = f", {len(known)} of {len(last)} seeds" if 0 < len(known) < len(last) else ""
+            some = f", {len(known)} of {len(found)} seeds" if 0 < len(known) < len(found) else ""
             cells[row].append(text + some)
     rows, head = [], "seeds | a quarter | half | all | thousand steps to 90 % | training, last quarter, %"
     for row, (label, paper) in TABLE_2.items():

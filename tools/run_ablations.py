@@ -7,16 +7,16 @@ A run that has ended is in --out, a line an evaluation, and is not run again; it
 that. An interrupted one goes on from its last iteration at the next call, but for the baselines.
 """
 
-import csv
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from shared import ROOT  # first: it makes the folder above known
+from shared import ROOT, check_limits  # first: it makes the folder above known
 from tqdm import tqdm
 
+from results import count, evaluations, read_table
 from support.flags import parse_args, say, stop
 from support.run_files import write_atomically
 
@@ -37,7 +37,7 @@ ROWS |= {
     for row in ("one_step", "all_states", "all_noise")
 }
 ROWS["butter_sac"] = f"tools/train_sac.py --task libero_90_task56 {BUTTER}"
-COLUMNS = "row seed status command policy env_steps successes episodes steps_to_90 latent/norm".split()
+COLUMNS = "row seed status command policy env_steps successes episodes".split()
 
 
 @dataclass
@@ -48,32 +48,9 @@ class Args:
     list: bool = False  # print the commands and which are done, and end
 
 
-def read_table(path):
-    """The lines of a CSV file as dicts; none if it is not there."""
-    if not path.exists():
-        return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def write_table(path, columns, rows):
     lines = [",".join(map(str, row)) for row in (columns, *rows)]
     write_atomically(path, ("\n".join(lines) + "\n").encode())
-
-
-def evaluations(folder):
-    """The last cells of a row of --out for every evaluation of a run. Of the tuned actor they say too when 90
-    of the last 100 training episodes had succeeded, and the mean norm of latents since the one before."""
-    counts, metrics, before = {}, read_table(folder / "metrics.csv"), 0
-    for line in read_table(folder / "eval.csv"):
-        counts.setdefault((line["policy"], int(line["env_steps"])), []).append(int(line["success"]))
-    rows = [(int(v["charts/env_steps"]), float(v["charts/success"] or 0), v["latent/norm"]) for v in metrics]
-    # the first episodes to end are the quick, successful ones: not before 100 failures of 400 steps can have
-    to_90 = min((steps for steps, success, _ in rows if steps >= 40_000 and success >= 0.9), default="")
-    for (policy, end), success in counts.items():
-        norms = [float(norm) for steps, _, norm in rows if norm and before < steps <= end]
-        before, known = end, [to_90, f"{sum(norms) / len(norms):.6g}"] if norms else ["", ""]
-        yield [policy, end, sum(success), len(success), *known]
 
 
 def play(command, seed, folder):
@@ -88,15 +65,13 @@ def play(command, seed, folder):
 
 
 if __name__ == "__main__":
-    args, queue, failed = parse_args(Args, __doc__), [], 0
+    args, failed = parse_args(Args, __doc__), 0
     for row in set(args.rows) - set(ROWS):
         stop(f"--rows has {row}, which is none of {', '.join(ROWS)}")
-    if args.seeds < 1:
-        stop(f"--seeds is {args.seeds}; give at least 1")
+    check_limits(args, "seeds", 1)
     if args.out.is_dir() or any(list(line) != COLUMNS for line in read_table(args.out)):
         stop(f"--out is {args.out}, which is a folder or a file of something else; give a new file")
-    for seed in range(1, args.seeds + 1):
-        queue += [(row, seed) for row in args.rows]
+    queue = [(row, seed) for seed in range(1, args.seeds + 1) for row in args.rows]
     curves_out = args.out.with_name(f"{args.out.stem}_curves.csv")
     lines = [list(line.values()) for line in read_table(args.out)]
     curves = [list(line.values()) for line in read_table(curves_out)]
@@ -127,7 +102,7 @@ if __name__ == "__main__":
                 curves.append([row, str(seed), line["charts/env_steps"], success, line["latent/norm"]])
         write_table(curves_out, ["row", "seed", "env_steps", "success", "norm"], curves)
         cells = [row, seed, "loss not finite" if diverged else "", f"{ROWS[row]} --seed {seed}"]
-        lines += [cells + measured for measured in evaluations(folder)]
+        lines += [[*cells, *key, *count(run)] for key, run in evaluations(folder / "eval.csv").items()]
         write_table(args.out, COLUMNS, lines)  # last: from here on the run is done
     if failed:
         stop(f"{failed} runs failed; their last lines are above, and the next call tries them again", code=1)
