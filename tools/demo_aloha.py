@@ -28,6 +28,7 @@ import mujoco  # after that, which picks the OpenGL library
 import numpy as np
 from gym_aloha.constants import START_ARM_POSE
 from scipy.signal import lfilter
+from scipy.spatial.transform import Rotation
 
 from envs import load_suite
 from envs.workers import Workers
@@ -128,9 +129,11 @@ class Demonstrator:
             for side, offset in arms:
                 time, *columns = np.array(points[side], dtype=float).T
                 x, y, z, angle, gripper = (np.interp(times[k], time, column) for column in columns)
-                rotation = rotation_about("y" if side == "right" else "x", np.deg2rad(angle))
+                tilt = Rotation.from_euler("y" if side == "right" else "x", angle, degrees=True)
+                rotation = tilt.as_matrix()
                 if side == "right":  # it points away from the arm's foot: the arm stays in one plane
-                    rotation = rotation_about("z", np.arctan2(ARM[1] - y, ARM[0] - x)) @ rotation
+                    turn = Rotation.from_euler("z", np.arctan2(ARM[1] - y, ARM[0] - x))
+                    rotation = turn.as_matrix() @ rotation
                 self._solve(side, np.array([x, y, z]) - TIP * rotation @ self.forward[side], rotation)
                 actions[k, offset : offset + 6] = self.data.qpos[self.dofs[side]]
                 actions[k, offset + 6] = gripper
@@ -163,14 +166,6 @@ class Demonstrator:
             step = np.linalg.solve(jacobian.T @ jacobian + 1e-5 * np.eye(6), jacobian.T @ error)
             data.qpos[dofs] += step.clip(-0.2, 0.2)
         data.qpos[dofs] = data.qpos[dofs].clip(*model.jnt_range[dofs].T)  # as far as the joints go
-
-
-def rotation_about(axis, angle):
-    """A turn by `angle` (rad) about the axis "x", "y" or "z". -> (3, 3)"""
-    quaternion, matrix = np.zeros(4), np.zeros(9)
-    mujoco.mju_axisAngle2Quat(quaternion, np.eye(3)["xyz".index(axis)], angle)
-    mujoco.mju_quat2Mat(matrix, quaternion)
-    return matrix.reshape(3, 3)
 
 
 def smooth_noise(rng, amplitude):
