@@ -19,7 +19,7 @@ from results import COLORS, TABLE_2, evaluations, on_common_states, read_table, 
 from support.flags import parse_args, stop
 from support.run_files import check_same, load_checkpoint, make_out_folder
 
-BLUE, RED, GREEN, GREY = "#332288", "#cc6677", "#117733", "0.4"  # Paul Tol's, safe for colour-blind readers
+BLUE, RED, GREEN, GREY = COLORS[0], COLORS[4], "#117733", "0.4"  # Paul Tol's too
 plt.switch_backend("Agg")  # draws to files, whatever screen there is
 POINTS = 400  # of a group in a t-SNE
 
@@ -127,7 +127,7 @@ def play_run(folder, flag, episodes, record=False):
     from fpo_actor import FlowActor
     from support.ranks import SIMULATORS, connect
 
-    paths, results = sorted(folder.glob("step*.pt")), []
+    paths = sorted(folder.glob("step*.pt"))
     try:
         paths = [paths[(len(paths) - 1) // 2], paths[-1]] if record else paths
         saved = [load_checkpoint(path, flag) for path in paths]
@@ -143,14 +143,12 @@ def play_run(folder, flag, episodes, record=False):
     actor = FlowActor(base.state_dim, base.latent_dim, hidden).to(base.device)
     starts = suite.starts[: -(-episodes // len(tasks))]
     with Workers(suite.build, tasks, SIMULATORS, base.pictures) as workers:
-        latents, where = latents_of(actor, *way), (tasks, starts, suite.limit)
-        for content in (None, *saved):  # the base first
-            policy, env_steps = "base", 0
-            if content:
-                actor.load_state_dict(content["actor"])
-                policy, env_steps = "tuned", content["env_steps"]
-            result = evaluate(policy, latents[policy], base, workers, *where, record=record)
-            results.append(dict(result, env_steps=env_steps))
+        latents, where = latents_of(actor, *way), (base, workers, tasks, starts, suite.limit)
+        results = [dict(evaluate("base", latents["base"], *where, record=record), env_steps=0)]
+        for content in saved:
+            actor.load_state_dict(content["actor"])
+            steps = dict(env_steps=content["env_steps"])
+            results.append(evaluate("tuned", latents["tuned"], *where, record=record, **steps) | steps)
     return suite, results
 
 
