@@ -27,7 +27,8 @@ def cores(cgroup=Path("/sys/fs/cgroup")):
 
 
 WORLD = int(os.environ.get("WORLD_SIZE") or 1)
-CPUS = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE") or 1))  # of this rank
+LOCAL_WORLD = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)  # ranks on this machine
+CPUS = max(1, cores() // LOCAL_WORLD)  # of this rank
 SIMULATORS = min(CPUS, 16)  # processes, where --num-workers is left out
 
 
@@ -41,9 +42,8 @@ def connect(device):
     if device == "cpu" or not torch.cuda.is_available():
         device, backend = torch.device("cpu"), "gloo"
     else:
-        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE") or 1), torch.cuda.device_count()
-        if WORLD > 1 and here > gpus:
-            stop(f"--nproc-per-node is {here}, but there are {gpus} GPUs; give {gpus}, or --device cpu")
+        if WORLD > 1 and LOCAL_WORLD > (gpus := torch.cuda.device_count()):
+            stop(f"--nproc-per-node is {LOCAL_WORLD}, with {gpus} GPUs here; give {gpus}, or --device cpu")
         device, backend = torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0)), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
     if WORLD > 1:

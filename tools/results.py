@@ -109,7 +109,8 @@ def over_seeds(counts):
 
 
 def pooled(lines, task, policy):
-    """Success over all seeds as text, a dash if nothing was played. lines: of table.csv"""
+    """Success over all seeds as text, a dash if nothing was played. lines: of table.csv; task: its
+    number and name."""
     lines = [v for v in lines if (v["task_id"], v["task"], v["policy"]) == (*task, policy)]
     successes, episodes = (sum(int(v[name] or 0) for v in lines) for name in ("successes", "episodes"))
     return f"{100 * successes / episodes:.0f} % of {episodes}" if episodes else "–"
@@ -175,11 +176,11 @@ def write_tasks(results):
         if task not in SUITES:
             continue
         lines = [line for file in sorted(results.glob(f"{pattern}/table.csv")) for line in read_table(file)]
-        for task in dict.fromkeys((line["task_id"], line["task"]) for line in lines):
-            if task[0].isdigit():  # the others are the average
+        for own in dict.fromkeys((line["task_id"], line["task"]) for line in lines):
+            if own[0].isdigit():  # the others are the average
                 kinds = "base", "zero latents", "tuned", "zero noise"
-                cells = (pooled(lines, task, kind) for kind in kinds)
-                suites.append([label, task[0], task[1].replace("_", " "), *cells])
+                cells = (pooled(lines, own, kind) for kind in kinds)
+                suites.append([label, own[0], own[1].replace("_", " "), *cells])
     head = "task | base | zero latents | constant latent | best of 16 | FPO | from zero noise | seeds | steps"
     publish(results / "summary.md", f"{head} | paper, π_0-FPO", summary)
     head = "suite | | task | base | zero latents | tuned | from zero noise"
