@@ -5,9 +5,10 @@
     python tools/clone_base.py --task libero_goal --overwrite       # a suite, conditioned on the task
 
 Demonstrations are made first if their file is absent, with the defaults of tools/demo_aloha.py or
-tools/demo_libero.py, of butter/tray 400, of a suite 100 of each task. So the shipped weights of ALOHA and
-butter/tray were made; the suites' are of earlier demonstrators. At the end the base plays the evaluation
-episodes, with Gaussian latents and with all latents zero; the figures go into the weights' header.
+tools/demo_libero.py: of butter/tray 400, of a suite 100 of each task and 300 of their beginning. So the
+shipped weights of ALOHA were made; of the others results/libero_bases.md says how. At the end the base plays
+the evaluation episodes, with Gaussian latents and with all latents zero; the figures go into the weights'
+header.
 
 Training: w_1 = whitened principal components of a demonstrated chunk, w_0 ~ N(0, I), w_u = (1 - u) w_0 + u
 w_1, and v(w_u, u | s) regresses on w_1 - w_0 (flow matching, arXiv 2210.02747). Few components: the noise of
@@ -54,7 +55,8 @@ class Args:
     latent_dim: int = 24  # principal components of a chunk
     chunk_steps: int | None = None  # control steps a chunk; 40, for LIBERO 16 if left out, 0.8 s
     knots: int | None = None  # points between which actions are interpolated; 9, for LIBERO 5 if left out
-    steps: int | None = None  # gradient steps; 10000, libero_90_task56 9000, a suite 12000 if left out
+    steps: int | None = None  # gradient steps; 10000, libero_90_task56 9000, a suite 24000 if left out
+    first: int | None = None  # how often a first decision counts; 10, for a suite 3 if left out
     batch: int = 512  # chunks a gradient step
     ema: float = 0.995  # decay of the averaged weights, which are the ones kept
     eval_episodes: int | None = None  # a task, at the end, or 0; 200, 50, for a suite 20 if left out
@@ -198,17 +200,17 @@ def make_demos(args):
     suite = shared.suite_of(args.task)
     own = dict(suite=suite, task_ids=shared.task_ids(args.task))
     butter = dict(num_demos=400, short=(4.1, 4.2))  # results/libero_bases.md: found by trials
-    own |= butter if args.task == "libero_90_task56" else dict(num_demos=100)
+    own |= butter if args.task == "libero_90_task56" else dict(num_demos=100, num_brief=300)
     demo_libero.run(demo_libero.Args(out=args.demos, workers=args.workers, **own))
 
 
 def check(args):
     """Fill in what depends on the task. Stop with one sentence at a flag that cannot be."""
-    known = dict(aloha=(9, 40, 10000, 200), libero_90_task56=(5, 16, 9000, 50))
-    names = "knots", "chunk_steps", "steps", "eval_episodes"
-    shared.fill_in(args, **dict(zip(names, known.get(args.task, (5, 16, 12000, 20)))))
+    known = dict(aloha=(9, 40, 10000, 10, 200), libero_90_task56=(5, 16, 9000, 10, 50))
+    names = "knots", "chunk_steps", "steps", "first", "eval_episodes"
+    shared.fill_in(args, **dict(zip(names, known.get(args.task, (5, 16, 24000, 3, 20)))))
     shared.fill_in(args, demos=Path(f"demos/{args.task}.npz"), out=Path(f"weights/{args.task}.safetensors"))
-    shared.check_limits(args, "chunk_steps steps batch workers", 1)
+    shared.check_limits(args, "chunk_steps steps first batch workers", 1)
     shared.check_limits(args, "seed", 0)
     shared.check_limits(args, "knots", 2)
     shared.check_limits(args, "ema", 0, 1 - 1e-9)
@@ -247,9 +249,8 @@ if __name__ == "__main__":
     end = torch.minimum(torch.arange(len(demos.last)) + args.chunk_steps, demos.last + 1)
     starts = torch.nonzero(pushes_before[end] == pushes_before[:-1]).flatten()
     whitened, header["explained_variance"] = fit(base, demos, starts, args)
-    # an episode's first decisions count ten times, and the second behaviour's twice that
-    first = [starts[demos.behaviours[starts] == k] for k in (0, 1)]
-    starts = torch.cat([starts, first[0].repeat(9), first[1].repeat(19)])
+    first = [starts[demos.behaviours[starts] == k] for k in (0, 1)]  # the second twice: paired_noise
+    starts = torch.cat([starts, first[0].repeat(args.first - 1), first[1].repeat(2 * args.first - 1)])
     training = dict(seed=args.seed, steps=args.steps, batch=args.batch, lr=LR, ema=args.ema)
     loss = round(clone(base, demos, starts, whitened, args), 4)
     header["training"] = dict(training, state_noise=STATE_NOISE, loss=loss)

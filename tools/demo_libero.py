@@ -49,6 +49,9 @@ TILT = 0.25  # rad, by which the hand points ahead or back
 WRONG = 10.0  # centimetres that the reach is led astray for each that the hand starts too high or low
 POINTS = 5.0  # rad by which it points back for each metre of that, so that its pose shows it on the way
 ROUNDS, CHANCE = 20, 0.08  # of the search for the edges: episodes, and how often one ends by chance
+MARGIN = 0.003  # m that a reach falls less short than the edge found, for the clone is less exact
+WAIT = 12  # control steps above a place before the hand goes down
+BRIEF = 38  # control steps of a brief demonstration: two decisions of 16, begun up to five steps late
 # Where a hand that points ahead (0) or back (1) cannot grip: it points down
 UPRIGHT = {("libero_goal", 5): 0, ("libero_goal", 7): 0, ("libero_spatial", 5): 1, ("libero_spatial", 6): 1}
 APART = 0.052  # m from the middle of a place that two objects share
@@ -110,7 +113,8 @@ class Demonstrator:
             bodies = [body for other, body in self.env.obj_body_id.items() if other != name]
             sides = origin[:2] + 0.09 * np.outer([1, -1], across[:2])
             room = [np.linalg.norm(self.data.xpos[bodies, :2] - point, axis=1).min() for point in sides]
-            side = 1 if room[0] >= room[1] else -1  # of the rim; the other one next time
+            # of the rim, the other one next time; what falls short looks around as little as its clone
+            side = 1 if self.aim is not None or room[0] >= room[1] else -1
             if np.linalg.norm((origin + side * RIM[category] * across - self.robot)[:2]) > REACH:
                 # stretched out, the arm does not get where it is told
                 side = 1 if (origin - self.robot)[1] * across[1] < 0 else -1
@@ -207,10 +211,11 @@ class Demonstrator:
         return max(heights)
 
     def _turn_to(self, across):
-        """Want the fingers to close along `across`, the hand pointing down, by the smaller turn."""
+        """Want the fingers to close along `across`, the hand pointing down, by the smaller turn; by 90
+        degrees always to the side on which the wrist is nearer to its middle, for a clone can not guess."""
         fingers = self.hand_rotation[:, 0]
-        now = np.arctan2(fingers[1], fingers[0])
-        yaw = now + (np.arctan2(across[1], across[0]) - now + np.pi / 2) % np.pi - np.pi / 2
+        now, least = np.arctan2(fingers[1], fingers[0]), 0.3 - np.pi / 2
+        yaw = now + (np.arctan2(across[1], across[0]) - now - least) % np.pi + least
         x, z = np.array([np.cos(yaw), np.sin(yaw), 0.0]), np.array([0.0, 0.0, -1.0])
         self.turned = np.stack([x, np.cross(z, x), z], 1)
 
@@ -450,8 +455,10 @@ class Demonstrator:
                 if looks:
                     return
             ways.append(np.linalg.norm((self.hand - held * level * (self.hand - thing) - place)[:2]))
-            # there, or stretched out: lower down it reaches farther
-            if ways[-1] < 0.012 or len(ways) > 30 and ways[-6] - ways[-1] < 0.002:
+            # it waits, so that a clone decides once more from near there
+            waited = len(ways) >= WAIT and max(ways[-WAIT:]) < 0.015
+            # stretched out: lower down it reaches farther
+            if waited or len(ways) > 40 and ways[-6] - ways[-1] < 0.002:
                 break
 
         surface = place[2] - (0.03 if goal[2] in self.env.object_sites_dict and goal[0] == "in" else 0)
@@ -506,7 +513,8 @@ def pushes(rng, steps, amplitude):
 def demonstrate(simulators, task, start, aim, seed, limit, idle, push, record):
     """One episode; it ends at success, at `limit`, or after `idle` steps in which the script had nothing to
     do. aim: see Demonstrator; push: amplitude. -> dict of observations (T, S), clean actions (T, 7),
-    success, pushed (T,) and frames (T, F) or None; None if the physics diverged."""
+    success, pushed (T,), the last step too if the limit cut it off, and frames (T, F) or None; None if the
+    physics diverged."""
     simulator, rng = simulators[task], np.random.default_rng(seed)
     state, observation = simulator.reset(start)
     demonstrator = Demonstrator(simulator, aim)
@@ -525,6 +533,8 @@ def demonstrate(simulators, task, start, aim, seed, limit, idle, push, record):
         waited = waited + 1 if np.abs(command[:3]).max() < 0.05 and command[6] == OPEN else 0
         if chunk.success.any() or waited >= idle:
             break
+    else:
+        noise[-1] = 1  # cut off: a chunk that reaches to here is none of its own
     arrays = dict(observations=np.array(observations, np.float32), actions=np.array(actions, np.float32))
     films = dict(frames=np.array(frames) if record else None, pushed=noise[: len(actions)].any(1))
     return dict(arrays, **films, success=bool(chunk.success.any()))
@@ -535,6 +545,7 @@ class Args:
     suite: Literal["libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"] = "libero_90"
     task_ids: str = "all"  # tasks of the suite: numbers with commas, or all
     num_demos: int = 800  # number of demonstrations a task
+    num_brief: int = 0  # and of such as end after the first two decisions, without pushes
     seed: int = 0  # of placements, behaviours and noise
     short: tuple[float, float] | None = None  # cm its reach falls short, ahead and back; if left out found
     push: float = 0.6  # largest amplitude of the pushes on executed commands; 1 is full speed
@@ -597,38 +608,41 @@ def edges(workers, args, suite):
 def make_demos(args, suite):
     """Demonstrations of several tasks, every start with both behaviours. -> dict of arrays, all steps one
     after the other: observations (N, S), actions (N, 7), pushed (N,), and per episode: length, task_id,
-    success, behaviour (0 ahead, 1 back); and films of the first two episodes, [(task, frames (T, F))]."""
-    tasks, starts, aims, seeds = [], [], [], []
+    success, behaviour (0 ahead, 1 back), whole; and films of the first two, [(task, frames (T, F))]."""
+    tasks, starts, aims, seeds, whole = [], [], [], [], []
     with Workers(suite.build, suite.tasks, args.workers, timeout=3600) as workers:
         if args.short:
             short = dict.fromkeys(suite.tasks, [x / 100 for x in args.short])
         else:
-            short = edges(workers, args, suite)
+            found = edges(workers, args, suite)
+            short = {k: [max(0, s - MARGIN) for s in pair] for k, pair in found.items()}
             print("falls short by (cm):", {k: [round(100 * x, 2) for x in pair] for k, pair in short.items()})
         for k in suite.tasks:
             rng = np.random.default_rng([2, args.seed, k, 0])  # 2: demonstrations; 1 is training
-            for i in range(args.num_demos):
+            for i in range(args.num_demos + args.num_brief):
                 if i % 2 == 0:
                     start = suite.draw_start(rng)
                 tasks.append(k)
                 starts.append(start)
+                whole.append(i < args.num_demos)
                 aims.append((short[k][i % 2], tilt_of(args, k, i % 2), (WRONG, -WRONG)[i % 2]))
                 seeds.append([2, args.seed, k, i + 1])
-        n = len(tasks)
+        n, limits = len(tasks), [suite.limit if w else BRIEF for w in whole]
         films = [args.video is not None and i < 2 for i in range(n)]
-        jobs = tasks, starts, aims, seeds, [suite.limit] * n, [20] * n, [args.push] * n, films
+        jobs = tasks, starts, aims, seeds, limits, [20] * n, [args.push * w for w in whole], films
         results = workers.map(demonstrate, *jobs, description="demonstrations")
     kept = [i for i, result in enumerate(results) if result]
     columns = {name: [results[i][name] for i in kept] for name in results[kept[0]]}
     demos = {name: np.concatenate(columns[name]) for name in ("observations", "actions", "pushed")}
     demos.update(length=np.array([len(a) for a in columns["actions"]]), success=np.array(columns["success"]))
-    demos.update(task_id=np.array(tasks)[kept], behaviour=np.array(kept) % 2)
+    demos.update(task_id=np.array(tasks)[kept], whole=np.array(whole)[kept], behaviour=np.array(kept) % 2)
     return demos, [(tasks[i], results[i]["frames"]) for i in kept[: 2 if args.video else 0]]
 
 
 def run(args):
     """Make the demonstrations of `args`, print their success and write them to args.out (and args.video)."""
     shared.check_limits(args, "num_demos workers", 1)
+    shared.check_limits(args, "num_brief", 0)
     shared.check_limits(args, "table_states", 1, libero.OFFICIAL_STATES)
     shared.check_limits(args, "seed", 0)
     shared.check_limits(args, "push", 0, 1)
@@ -643,7 +657,7 @@ def run(args):
     demos, films = make_demos(args, suite)
     parts = {}
     for k in suite.tasks:
-        own, good = demos["task_id"] == k, demos["success"]
+        own, good = (demos["task_id"] == k) & demos["whole"], demos["success"]
         for i, name in enumerate(("ahead", "back")):
             parts[f"task {k}, {name}"] = good[own & (demos["behaviour"] == i)]
         parts[f"task {k}, all"] = good[own]
