@@ -95,6 +95,10 @@ class FlowBase(nn.Module):
         for k in range(self.flow_steps):  # Euler: w ← w + v(w, u | s) / flow_steps
             u = torch.full((len(w),), k / self.flow_steps, device=w.device, dtype=w.dtype)
             w = w + self.velocity(w, u, context) / self.flow_steps
+        return self.actions(w)
+
+    def actions(self, w):
+        """The action chunk of principal components w. (B, D) -> (B, chunk_steps, action_dim)."""
         knots = self.chunk_mean + torch.einsum("bd,dka->bka", w, self.chunk_basis)
         return torch.einsum("tk,bka->bta", self.knot_weights, knots)
 

@@ -2,10 +2,13 @@
 
     python tools/train_sac.py --task aloha --seed 1                  # Table II, "without CFM ratio proxy"
     python tools/train_sac.py --task libero_90_task56 --seed 1
+    python tools/train_sac.py --task aloha --noise-aliased --seed 1  # DSRL-NA
 
 Same frozen base, environments, critics, rewards and evaluation as FPO. The actor is a tanh-Gaussian that
 starts close to N(0, I); its temperature follows a target entropy. Transitions are kept and replayed; nothing
-is on-policy. It writes args.json, metrics.csv, eval.csv, table.csv, last.pt. An interrupted run starts anew.
+is on-policy. Noise-aliased, critics of actions learn from the transitions, and those of latents, which the
+actor follows, are fitted to them at latents from N(0, I), which the base turns into actions. It writes
+args.json, metrics.csv, eval.csv, table.csv, last.pt. An interrupted run starts anew.
 """
 
 import copy
@@ -30,6 +33,8 @@ from support.ranks import CPUS, SIMULATORS, connect
 from support.flags import parse_args, stop
 from support.logs import mean, steps_bar
 
+BOUND = 3.0  # latents lie within ± this; FPO's have no bound
+NUM_CRITICS, TAU = 5, 0.05  # as FPO's
 LOSSES = ("losses/actor", "losses/critic", "sac/entropy", "critic/q_mean")  # columns of metrics.csv
 
 
@@ -48,22 +53,19 @@ class Args:
     updates: float = 1.0  # gradient steps a decision
     minibatch_size: int = 256  # transitions of one gradient step
     actor_lr: float = 3e-4  # learning rate of the actor and of the temperature (Adam)
-    anneal_lr: bool = False  # let the actor's learning rate fall linearly to 0 over the run, as FPO's does
     critic_lr: float = 1e-3  # learning rate of the critics (Adam)
     td_decisions: int = 10  # n, decisions whose rewards a target adds up, as FPO's
     target_entropy: float = 0.7
     """entropy that the temperature aims at, nats a latent dimension; N(0, 1) has 1.42"""
     temperature: float = 0.001
     """first temperature; at 0.01 the entropy swells for the first 50 thousand steps"""
-    bound: float = 3.0  # latents lie within ± this; FPO's have no bound
-    num_critics: int = 5  # M, members of the ensemble
-    tau: float = 0.05  # Polyak step of the target critics
+    noise_aliased: bool = False  # critics of actions, to which those of latents are fitted
 
 
 class TanhGaussianActor(nn.Module):
     """x = b tanh(z / b), z ~ N(μ(s), σ(s)²); μ = 0, σ = 1 at first, of which b = 3 leaves 0.91."""
 
-    def __init__(self, state_dim, latent_dim, bound, hidden=128):
+    def __init__(self, state_dim, latent_dim, bound=BOUND, hidden=128):
         super().__init__()
         self.bound = bound
         first = nn.Linear(state_dim, hidden), nn.LayerNorm(hidden), nn.SiLU()
@@ -88,14 +90,10 @@ class TanhGaussianActor(nn.Module):
 
 if __name__ == "__main__":
     args = parse_args(Args, __doc__)
-    check_limits(args, "num_critics td_decisions", 1)
+    check_limits(args, "td_decisions", 1)
     check_limits(args, "warmup_decisions", 0)
-    check_limits(args, "critic_lr temperature bound", 1e-9)
-    check_limits(args, "tau", 1e-9, 1)
+    check_limits(args, "critic_lr temperature", 1e-9)
     check_limits(args, "target_entropy", -10, 1.41)
-    if args.target_entropy >= (most := math.log(2 * args.bound)):
-        within = f"within --bound {args.bound} an entropy stays below log(2 · {args.bound}) = {most:.2f}"
-        stop(f"--target-entropy is {args.target_entropy}, but {within}; lower the one or raise the other")
     suite = shared.check_baseline(args)
     torch.set_num_threads(1)  # more for updates only: waiting threads spin, and take the workers' cores
 
@@ -104,12 +102,16 @@ if __name__ == "__main__":
     base = load_base(f"weights/{args.task}.safetensors", Pi0Options(), suite, device)
     S, D, E = base.state_dim, base.latent_dim, args.num_envs
     torch.manual_seed(args.seed)
-    actor = TanhGaussianActor(S, D, args.bound).to(device)
-    critic = QEnsemble(S, D, args.num_critics).to(device)
-    target = copy.deepcopy(critic)
+    actor = TanhGaussianActor(S, D).to(device)
+    critic = QEnsemble(S, D, NUM_CRITICS).to(device)
+    knots = len(base.chunk_mean) - 1  # of a chunk; between them actions are interpolated
+    learner = QEnsemble(S, knots * base.action_dim, NUM_CRITICS).to(device)  # of actions
+    learner = learner if args.noise_aliased else critic  # what Eq. 5 trains
+    target = copy.deepcopy(learner)
     log_alpha = torch.tensor(math.log(args.temperature), device=device, requires_grad=True)
     actor_adam = torch.optim.Adam(actor.parameters(), args.actor_lr)
     critic_adam = torch.optim.Adam(critic.parameters(), args.critic_lr)
+    learner_adam = torch.optim.Adam(learner.parameters(), args.critic_lr)
     alpha_adam = torch.optim.Adam([log_alpha], args.actor_lr)
     generator = torch.Generator(device).manual_seed(args.seed)
     env_steps, recent = 0, deque(maxlen=100)  # recent: success of the last training episodes
@@ -119,12 +121,21 @@ if __name__ == "__main__":
     def noise(s):
         return torch.randn(len(s), D, generator=generator, device=device)
 
+    def taken(s, x):
+        """What `learner` sees of latents x (B, D) at s (B, S), the base's context: them, or their actions at
+        the knots with the demonstrations' mean and deviation taken out, (B, knots A)."""
+        if not args.noise_aliased:
+            return x
+        actions = base.decode(s, x)[:, :: base.chunk_steps // knots]
+        scale = base.chunk_basis.norm(dim=0) + 1e-3  # the components' deviation is 1
+        return ((actions - base.chunk_mean[:-1]) / scale[:-1]).flatten(1)
+
     def descend(adam, loss):
         adam.zero_grad()
         loss.backward(inputs=adam.param_groups[0]["params"])  # not the critics' for the actor's loss
         adam.step()
 
-    kind = f"sac_{args.task}"
+    kind = f"{'dsrl_na' if args.noise_aliased else 'sac'}_{args.task}"
     folder, metrics, episodes = shared.start_files(args, kind, [*LOSSES, "sac/temperature"])
     with shared.clean_end(), Workers(suite.build, suite.tasks, args.num_workers) as workers:
         whole = base, workers, suite.tasks, suite.starts[: args.eval_episodes], suite.limit, episodes
@@ -137,9 +148,6 @@ if __name__ == "__main__":
         while env_steps < args.total_env_steps:
             # ---- one decision in every environment ----
             steps_before = env_steps
-            if args.anneal_lr:
-                to_go = max(0.0, 1 - env_steps / args.total_env_steps)
-                actor_adam.param_groups[0]["lr"] = args.actor_lr * to_go
             with torch.no_grad():
                 x = noise(s) if decisions < args.warmup_decisions else actor(s, noise(s))[0]  # (E, D)
             latents.append(x)
@@ -152,7 +160,7 @@ if __name__ == "__main__":
             row = dict(r=r, discount=discount, terminated=step["terminated"])
             row["ended"] = step["terminated"] | step["truncated"]
             row = {k: torch.as_tensor(v).float().to(device) for k, v in row.items()}
-            row.update(s=s, x=x, s_next=base.encode(step["last_observation"])[0])
+            row.update(s=s, a=taken(s, x), s_next=base.encode(step["last_observation"])[0])
             # everything ever seen is replayed: 20 thousand decisions are a few MB
             replay = {k: torch.cat([replay[k], v]) for k, v in row.items()} if replay else row
             decisions += E
@@ -165,21 +173,25 @@ if __name__ == "__main__":
             while owed >= 1:
                 owed -= 1
                 i = torch.randint(decisions, (args.minibatch_size,), generator=generator, device=device)
-                s_b, x_b, j = replay["s"][i], replay["x"][i], end[i]
+                s_b, j = replay["s"][i], end[i]
                 s_next, terminated = replay["s_next"][j], replay["terminated"][j]
                 alpha = log_alpha.exp().detach()
                 with torch.no_grad():  # without the entropy: success ends it, so that failing would pay
                     x_next, _ = actor(s_next, noise(s_next))
-                    y = td_target(target, R[i], G[i], terminated, s_next, x_next)
-                loss_critic = critic_loss(critic, s_b, x_b, y)
-                descend(critic_adam, loss_critic)
-                polyak_update(target, critic, args.tau)
+                    y = td_target(target, R[i], G[i], terminated, s_next, taken(s_next, x_next))
+                loss_critic = critic_loss(learner, s_b, replay["a"][i], y)
+                descend(learner_adam, loss_critic)
+                polyak_update(target, learner, TAU)
+                if args.noise_aliased:
+                    w = noise(s_b)
+                    y_w = learner(s_b, taken(s_b, w)).mean(0).detach()
+                    descend(critic_adam, critic_loss(critic, s_b, w, y_w))
                 x_new, log_new = actor(s_b, noise(s_b))
                 q = critic(s_b, x_new).min(0).values
                 loss_actor = (alpha * log_new - q).mean()
                 descend(actor_adam, loss_actor)
                 descend(alpha_adam, -(log_alpha * (log_new.detach() + args.target_entropy * D)).mean())
-                parts = loss_actor, loss_critic / args.num_critics, -log_new.mean() / D, q.mean()
+                parts = loss_actor, loss_critic / NUM_CRITICS, -log_new.mean() / D, q.mean()
                 infos.append([part.item() for part in parts])
             torch.set_num_threads(1)
             if infos and not np.isfinite(infos[-1]).all():
