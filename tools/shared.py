@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 
-from envs import load_suite
+from envs import cloned_tasks, load_suite
 from support.flags import check_device, stop
 from support.logs import EPISODES, CsvLog, mean, rate
 from support.run_files import new_run_folder, save_checkpoint, write_args
@@ -100,7 +100,7 @@ def write_film(path, pictures, fps):
     print(f"wrote {path}")
 
 
-# ---- of train_sac.py, train_cloning.py and train_peers.py ----
+# ---- of the tools train_*.py ----
 
 
 def evaluate_and_save(latents, base, workers, suite, args, episodes, folder, checkpoint, last):
@@ -115,17 +115,29 @@ def evaluate_and_save(latents, base, workers, suite, args, episodes, folder, che
     return float(result["success"].mean())
 
 
-def check_baseline(args):
-    """Fill in what depends on the task. Stop with one sentence at a flag that cannot be. -> the suite"""
-    steps, every, episodes = (300_000, 150_000, 200) if args.task == "aloha" else (100_000, 50_000, 50)
+def start_baseline(args):
+    """Fill in what depends on the task. Stop with one sentence at a flag that cannot be. -> the suite, with
+    the tasks that its base was cloned on, and the base"""
+    import torch  # as above
+
+    from base import Pi0Options, load_base
+    from support.ranks import connect
+
+    steps, every, episodes = (100_000, 50_000, 50) if "_task" in args.task else (300_000, 100_000, 50)
+    if args.task == "aloha":
+        every, episodes = 150_000, 200
     fill_in(args, total_env_steps=steps, eval_every=every, eval_episodes=episodes)
     check_limits(args, "total_env_steps num_envs num_workers minibatch_size eval_every", 1)
     check_limits(args, "updates actor_lr", 1e-9)
     check_limits(args, "seed", 0, 2**63 - 1)
     check_device(args.device)
-    suite = load_suite(suite_of(args.task))
+    suite = load_suite(suite_of(args.task), task_ids(args.task))
     check_limits(args, "eval_episodes", 1, len(suite.starts))
-    return suite
+    torch.set_num_threads(1)  # more for updates only: waiting threads spin, and take the workers' cores
+    base = load_base(f"weights/{args.task}.safetensors", Pi0Options(), suite, connect(args.device))
+    suite.tasks = cloned_tasks(suite, base)
+    fill_in(args, num_envs=math.ceil(32 / len(suite.tasks)) * len(suite.tasks))
+    return suite, base
 
 
 def start_files(args, kind, columns):

@@ -22,12 +22,11 @@ import torch
 from shared import GAMMA, check_limits
 from torch import nn
 
-from base import Pi0Options, load_base
 from envs.episodes import TrainingEnvs
 from envs.workers import Workers
 from evaluate import evaluate, print_result
 from fpo_critic import QEnsemble, gae
-from support.ranks import CPUS, SIMULATORS, connect
+from support.ranks import CPUS, SIMULATORS
 from support.flags import parse_args, stop
 from support.logs import mean, steps_bar
 
@@ -37,14 +36,14 @@ GAE_LAMBDA, CRITIC_LR, WARMUP = 0.95, 1e-3, 2  # WARMUP: iterations in which V a
 
 @dataclass
 class Args:
-    task: Literal["aloha", "libero_90_task56"] = "aloha"  # what to train on
+    task: shared.Task = "aloha"  # the task, or the suite of tasks, to train on
     seed: int = 1  # of the networks, every draw and the training episodes
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where the networks run; auto is CUDA if there is one
-    total_env_steps: int | None = None  # control steps of training; 300 000, for LIBERO 100 000 if left out
-    num_envs: int = 32  # parallel environments
+    total_env_steps: int | None = None  # control steps; of one task of LIBERO 100 000, else 300 000
+    num_envs: int | None = None  # parallel environments; 32, or a few more for several tasks
     num_workers: int = SIMULATORS  # simulator processes; the results do not depend on it
-    eval_every: int | None = None  # control steps between evaluations; 150 000, for LIBERO 50 000 if left out
-    eval_episodes: int | None = None  # at start and end, half of it between; 200, for LIBERO 50 if left out
+    eval_every: int | None = None  # control steps between evaluations; as the train scripts if left out
+    eval_episodes: int | None = None  # a task, at start and end, half of it between; 200, for LIBERO 50
     run_name: str | None = None  # folder below runs/; flow_noise_<task>__seed<seed>__<time> if left out
     rollout_decisions: int = 10  # T, decisions of every environment an iteration
     updates: int = 5  # epochs of PPO an iteration
@@ -93,12 +92,10 @@ if __name__ == "__main__":
     args = parse_args(Args, __doc__)
     check_limits(args, "rollout_decisions", 1)
     check_limits(args, "clip_eps noise", 1e-9)
-    suite = shared.check_baseline(args)
-    torch.set_num_threads(1)  # more for updates only: waiting threads spin, and take the workers' cores
+    suite, base = shared.start_baseline(args)
 
     # ---- base, its noise, V ----
-    device = connect(args.device)
-    base = load_base(f"weights/{args.task}.safetensors", Pi0Options(), suite, device)
+    device = base.device
     S, D, E = base.state_dim, base.latent_dim, args.num_envs
     torch.manual_seed(args.seed)
     policy = NoisyFlow(copy.deepcopy(base).requires_grad_(True), args.noise).to(device)
