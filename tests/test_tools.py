@@ -258,36 +258,52 @@ def test_pictures_of_a_finished_run(tmp_path):
         assert (tmp_path / name).stat().st_size > 10_000, name
 
 
-def test_tables_of_the_ablations(tmp_path):
-    """Mean over seeds at every evaluation, with the wider of two intervals; a run that stopped early counts
-    with its last evaluation."""
-    from results import over_seeds, write_ablations
+def write_run(folder, counts, curve):
+    """A run's files. counts: successes of 50 at each evaluation; curve: (env_steps, success, norm)."""
+    folder.mkdir(parents=True)
+    (folder / "args.json").write_text('{"args": {"num_envs": 400}}')
+    lines = ["charts/env_steps,charts/success,latent/norm,charts/SPS"]
+    lines += [f"{steps},{success},{norm},100" for steps, success, norm in curve]
+    (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
+    lines = ["policy,env_steps,task,episode,success,length"]
+    for k, n in enumerate((20, 25, *counts)):
+        policy = ("base,0", "zero latents,0", f"tuned,{400 * (k - 1)}")[min(k, 2)]
+        lines += [f"{policy},0,{i},{int(i < n)},40" for i in range(50)]
+    (folder / "eval.csv").write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.slow
+def test_tables_of_the_runs(tmp_path, monkeypatch):
+    """Mean over seeds of the last evaluation, with the wider of two intervals; a run that stopped early
+    counts with its last one."""
+    import results
     from scipy import stats
     from statsmodels.stats.proportion import proportion_confint
 
-    lines, points = ["row,seed,policy,env_steps,successes,episodes"], ["row,seed,env_steps,success,norm"]
-    for seed, counts in ((1, (10, 20, 30, 40)), (2, (20, 30, 40, 50)), (3, (30, 40))):
-        lines.append(f"aloha_no_clip,{seed},base,0,20,50")
-        lines += [f"aloha_no_clip,{seed},tuned,{200_000 * k},{n},50" for k, n in enumerate(counts, 1)]
-        # before 50 thousand steps it does not count that 90 of 100 have succeeded
-        to_90 = 0.89 if seed == 3 else 0.9
-        curve = [(49_000, 0.95), (100_000 + 1000 * seed, to_90), (200_000, 0.2), (600_000, 0.2)]
-        curve += [(700_000, 0.8 + seed / 100), (803_000, 0.8 + seed / 100)]
-        norms = [4 if steps <= 200_000 * (len(counts) - 1) else 4 + seed for steps, _ in curve]
-        points += [f"aloha_no_clip,{seed},{steps},{share},{n}" for (steps, share), n in zip(curve, norms)]
-    (tmp_path / "runs.csv").write_text("\n".join(lines) + "\n")
-    (tmp_path / "runs_curves.csv").write_text("\n".join(points) + "\n")
-    write_ablations(tmp_path / "runs.csv")
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    (tmp_path / "README.md").write_text("no tables\n")
+    for seed, counts in ((1, (10, 40)), (2, (20, 50)), (3, (40,))):
+        # before three time limits of all environments it does not count that 90 of 100 have succeeded
+        curve = [(47_900, 0.95, 3), (100_000 + 1000 * seed, 0.89 if seed == 3 else 0.9, 3)]
+        curve += [(200_000, 0.8 + seed / 100, 4 + seed), (210_000, 0.8 + seed / 100, 4 + seed)]
+        write_run(tmp_path / f"results/aloha/no_clip_seed{seed}", counts, curve)
+        write_run(tmp_path / f"results/aloha/seed{seed}", (45, 50), curve)
+        write_run(tmp_path / f"results/libero/butter_seed{seed}", (45, 50), curve)
+        write_run(tmp_path / f"results/aloha/sac_seed{seed}", (25, 25), curve)
+        write_run(tmp_path / f"results/libero/butter_sac_seed{seed}", (25, 50), curve)
+    results.write_rows(tmp_path / "table.md", results.runs_of("aloha/"))
     low = stats.t.interval(0.95, 2, 260 / 3, stats.sem([80, 100, 80]))[0]
-    table = (tmp_path / "table2.md").read_text()
-    assert "without PPO clipping | ALOHA, 0.8 M steps | 3 | 40.0 % [" in table
-    assert f"**86.7 % [{low:.1f}, 100.0]**" in table
-    assert "| 101, 102, 2 of 3 seeds |" in table
-    # 81, 82 and 83 %, and 5, 6 and 7, whose standard deviation is 1
-    half = stats.t.ppf(0.975, 2) / 3**0.5
-    assert f"| 82.0 ± {half:.1f} | 6.0 ± {half:.1f} |" in table
+    fpo, no_clip, sac = (tmp_path / "table.md").read_text().splitlines()[2:5]
+    assert fpo.startswith("| FPO | 0.00 M | **100.0 % [") and sac.startswith("| soft actor-critic")
+    assert f"**86.7 % [{low:.1f}, 100.0]** | 80.0, 100.0, 80.0 |" in no_clip
+    assert no_clip.endswith("| 101, 102, – | 81.0, 82.0, 83.0 | 6.0 | 35 |")
     low, high = proportion_confint(300, 300, method="wilson")  # t alone would give ± 0
-    assert over_seeds([(100, 100)] * 3) == f"100.0 % [{100 * low:.1f}, {100 * high:.1f}]"
+    assert results.over_seeds([(100, 100)] * 3) == f"100.0 % [{100 * low:.1f}, {100 * high:.1f}]"
+    results.write_peers(tmp_path / "peers.md")
+    rows = (tmp_path / "peers.md").read_text().splitlines()[2:]
+    assert rows[0] == "| FPO | 3 | 100.0 % [100.0, 100.0] | – |"
+    # worse on the one task, equal on the other, which counts half
+    assert rows[1].endswith("| 3 | 75.0 % [75.0, 75.0] | 0.25 [0.25, 0.25] |") and len(rows) == 2
 
 
 def test_the_peers_start_alike_and_cut_differently():
@@ -341,15 +357,14 @@ def test_evaluations_are_counted(tmp_path):
 
 
 def test_the_queue_lists_its_commands():
-    result = tool("run_ablations", ROOT, "--list", "--rows", "aloha_no_clip", "--seeds", 2)
+    result = tool("run_ablations", ROOT, "--list", "--rows", "aloha/no_clip_", "--seeds", 2)
     assert result.returncode == 0 and len(result.stdout.splitlines()) == 2
     assert "--clip-eps inf --seed 2" in result.stdout.splitlines()[1]
 
 
 RESULTS = ROOT / "results"
 BAD = {  # command: what its sentence says
-    "run_ablations --rows aloha_everything": ["--rows has aloha_everything", "aloha_complete"],
-    "run_ablations --out .": ["--out is .", "a folder"],
+    "run_ablations --rows aloha_everything": ["--rows has aloha_everything", "aloha/no_clip_"],
     "check_monotonicity --samples 0": ["--samples is 0"],
     "check_monotonicity --samples 321": ["--samples is 321", "160"],
     "check_monotonicity --runs --out junk.npz": ["--out is junk.npz", "folder"],

@@ -15,7 +15,7 @@ from shared import ROOT, check_limits  # first: it makes the folder above known
 import matplotlib.pyplot as plt
 import numpy as np
 
-from results import COLORS, TABLE_2, evaluations, on_common_states, read_table, t_half, training_curves
+from results import COLORS, ROWS, evaluations, on_common_states, read_table, runs_of, t_half
 from support.flags import parse_args, stop
 from support.run_files import check_same, load_checkpoint, make_out_folder
 
@@ -96,17 +96,21 @@ def draw_curves(out, name, pattern, title):
     save(figure, out, name)
 
 
-def draw_ablations(out, path):
+def draw_ablations(out):
     """Table II's rows: success of the last 100 training episodes and the norm of the executed latents."""
-    runs = training_curves(path)
     figure, panels = plt.subplots(1, 4, figsize=(12, 3.1))
-    for (task, title), pair in zip((("aloha", "ALOHA"), ("butter", "butter/tray")), (panels[:2], panels[2:])):
-        for (row, (label, _)), color in zip(TABLE_2.items(), COLORS):
-            seeds, text = runs[f"{task}_{row}"].values(), f"{label}, {len(runs[f'{task}_{row}'])}"
+    for task, title, pair in (("aloha/", "ALOHA", panels[:2]), ("libero/butter_", "butter/tray", panels[2:])):
+        runs = runs_of(task)
+        for row, color in zip(("", "sac", "no_clip", "k1", "single_critic"), COLORS):
+            tables = [read_table(folder / "metrics.csv") for folder in runs.get(row, ())]
+            if not tables:
+                continue
+            text = f"{ROWS[row].split(':')[0]}, {len(tables)}"
             # as above: from three time limits of 32 environments on
-            shares = [(x, np.where(x < 3 * 32 * 400, np.nan, 100 * success)) for x, success, _ in seeds]
-            draw_seeds(pair[0], shares, color, text, thin=True)
-            draw_seeds(pair[1], [(x, norm) for x, _, norm in seeds], color, text, thin=True)
+            shares = [training_curve(table, "charts/success", 3 * 32 * 400) for table in tables]
+            draw_seeds(pair[0], [(x, 100 * y) for x, y in shares], color, text, thin=True)
+            norms = [training_curve(table, "latent/norm", 0) for table in tables]
+            draw_seeds(pair[1], norms, color, text, thin=True)
         pair[0].set(ylabel="success of the last 100 training episodes (%)", ylim=(0, 102))
         pair[1].set(ylabel="norm of the executed latents")
         style = dict(title="row, number of seeds", title_fontsize=6.5)
@@ -114,7 +118,7 @@ def draw_ablations(out, path):
         for panel in pair:
             panel.yaxis.label.set_fontsize(8)
             panel.set(xlabel="environment steps (millions)", xlim=(0, None), title=title)
-    save(figure, out, "table2")
+    save(figure, out, "ablations")
 
 
 def play_run(folder, flag, episodes, record=False):
@@ -223,7 +227,7 @@ if __name__ == "__main__":
     if everything:
         draw_curves(args.out, "fig4b_aloha", "aloha/seed*", "ALOHA Transfer Cube (Fig. 4b)")
         draw_curves(args.out, "fig3_libero_spatial", "libero/libero_spatial_seed*", "LIBERO-Spatial")
-        draw_ablations(args.out, results / "former" / "runs_curves.csv")
+        draw_ablations(args.out)
     for folder in args.strip:
         draw_strip(args.out, folder, args.episodes)
     for folder in args.latents:

@@ -4,7 +4,9 @@
 """
 
 import csv
+import json
 import re
+import warnings
 
 from shared import ROOT  # first: it makes the folder above known
 import numpy as np
@@ -24,24 +26,30 @@ TASKS = dict(  # task: its name, folders of its seeds, the paper's π_0-FPO
     libero_10=("LIBERO-Long", "libero/libero_10_seed*", "65.3 %"),
 )
 SUITES = [*TASKS][2:]
-TABLE_2 = dict(  # row of run_ablations.py: its name in the paper, whose success on butter/tray it has (%)
-    complete=("FPO (complete)", 78.5),
-    sac=("without CFM ratio proxy: SAC", 32.4),
-    no_clip=("without PPO clipping", 45.1),
-    k1=("single-step integration (K = 1)", 61.7),
-    single_critic=("single critic", 71.2),
-)
-EXTRAS = """complete: defaults; literal: --literal, to the letter;
-stored_values: stored value latents; no_self_anchor: no self-anchor;
-no_velocity_anchor: no velocity anchor; no_anchor: no anchor at all;
-drift_limit: no anchor, but the drift limit 0.05; loss_cap: no anchor, but the loss cap 0.1;
-prior_anchor: no anchor, but the prior anchor 0.1; advantage_limit: no anchor, but the advantage limit 1;
-one_step: one decision a target; all_states: states of the actor all alike; all_noise: with all its noise;
-gae: executed latents, valued by GAE; no_self_fit: own latents not fitted; one_iteration: a window of 1;
-k4: K = 4; k4_midpoint: K = 4, midpoint grid; k4_end: K = 4, end grid;
-raw_ratio: raw ratio exp(Δℓ) (McAllister et al.); half_latent: half the latents;
-floor: σ floor 1e-8; floor_no_clip: σ floor 1e-8, without clipping;
-shuffled: shuffled advantages; cloning: cloning of successes instead of FPO"""  # the other rows
+ROWS = {  # of run_ablations.py, beside what only one task has
+    "": "FPO",
+    "literal": "`--literal`, the paper to the letter",
+    "no_clip": "without the clip: `--clip-eps inf`",
+    "k1": "exploration, K = 1: `--explore-steps 1`",
+    "single_critic": "one critic: `--num-critics 1`",
+    "gae": "executed latents, by GAE: `--fresh-latents 0 --noise-scale 1`",
+    "no_self_fit": "own latents not fitted: `--self-fit 0`",
+    "one_step": "one decision a target: `--td-decisions 1`",
+    "all_states": "states all alike: `--actor-choice 1`",
+    "all_noise": "with all of its noise: `--noise-scale 1`",
+    "one_iteration": "a window of one iteration: `--window 1`",
+    "no_clamp": "targets not clamped: `--no-clamp-target`",
+    "shuffled": "shuffled advantages: `--shuffle-advantages`",
+    "long": "FPO, `--total-env-steps 1600000 --eval-every 400000`",
+    "sac": "soft actor-critic: train_sac.py",
+    "dsrl_na": "DSRL-NA: train_sac.py `--noise-aliased`",
+    "fpo": "FPO of McAllister et al.: train_peers.py `--update fpo`",
+    "fpo++": "FPO++: train_peers.py `--update fpo++`",
+    "nft": "DiffusionNFT: train_peers.py `--update nft`",
+    "flow_noise": "PPO on the base's noisy steps: train_flow_noise.py",
+    "cloning": "cloning of successes: train_cloning.py",
+}
+PEERS = [*ROWS][[*ROWS].index("sac") :]
 COLORS = ["#332288", "#88ccee", "#44aa99", "#999933", "#cc6677"]  # Paul Tol's, safe for colour-blind readers
 
 
@@ -73,11 +81,9 @@ def count(episodes):
 
 
 def played(run):
-    """Counts of base, zero latents and tuned actor, its last; when that was; episodes fixed and broken."""
+    """Counts of base, zero latents and tuned actor, its last; and when that was."""
     base, last = run["base", 0], [key for key in run if key[0] == "tuned"][-1]
-    change = [success - base[episode] for episode, success in run[last].items()]
-    changed, counts = [str(change.count(1)), str(change.count(-1))], (base, run["zero latents", 0], run[last])
-    return *map(count, counts), f"{last[1] / 1e6:.2f} M", changed
+    return *map(count, (base, run["zero latents", 0], run[last])), f"{last[1] / 1e6:.2f} M"
 
 
 def silent(run):
@@ -128,20 +134,77 @@ def publish(path, head, rows, *text):
             write_atomically(page, (before + begin + lines + end + after.partition(end)[2]).encode())
 
 
-def write_runs(path, runs):
-    """table.md: a row a run, on the same initial states. runs: {name: of `evaluations`}"""
-    rows, kinds = [], {}  # kinds: the last evaluations of runs of one name but for the seed
-    for name, run in runs.items():
-        base, zero, tuned, steps, changed = played(run)
-        lowest = min(shares(count(run[key]) for key in run if key[0] == "tuned"))
-        base, zero, final, mean = map(over_seeds, ([base], [zero], [tuned], silent(run)))
-        row = [name.replace("seed", "seed ").replace("_", " "), steps, base, zero, f"**{final}**", mean]
-        rows.append([*row, f"{lowest:.0f} %", *changed])
-        kind = name.split("seed")[0].removeprefix("butter").strip("_").replace("_", " ") or "FPO"
-        kinds.setdefault(kind, []).append(tuned)
-    means = ", ".join(f"{kind} **{over_seeds(v)}**" for kind, v in kinds.items() if len(v) > 1) or "–"
-    head = "run | steps | base | zero latents | tuned | from zero noise | lowest evaluation | fixed | broken"
-    publish(path, head, rows, "", f"Means of the last evaluation: {means}.")
+def training(folder):
+    """What metrics.csv says of a run: thousand steps until 90 of the last 100 training episodes had
+    succeeded, a dash if never; the share that did in the last quarter, %; the norm of the latents in it;
+    minutes. The quick, successful episodes end first: what counts begins after three time limits of all."""
+    lines = read_table(folder / "metrics.csv")
+    names = "charts/env_steps", "charts/success", "latent/norm", "charts/SPS"
+    steps, success, norm, speed = (np.array([float(v[k] or "nan") for v in lines]) for k in names)
+    limit = max(int(line["length"]) for line in read_table(folder / "eval.csv"))
+    early = 3 * limit * json.loads((folder / "args.json").read_text())["args"]["num_envs"]
+    late = steps > 0.75 * steps[-1]
+    minutes = np.nansum(np.diff(steps, prepend=0) / speed) / 60
+    to_90 = [f"{step / 1000:.0f}" for step in steps[(steps >= early) & (success >= 0.9)][:1]]
+    return (*to_90, "–")[0], 100 * np.nanmean(success[late]), norm[late].mean(), minutes
+
+
+def write_rows(path, folders):
+    """table.md: a row for each kind of run, over its seeds. folders: {row: the folders of its runs}"""
+    rows, first = [], None
+    for row, paths in folders.items():
+        runs = [evaluations(folder / "eval.csv") for folder in paths]
+        base, zero, tuned, steps = zip(*map(played, runs))
+        first = first or (base, zero)
+        to_90, late, norm, minutes = zip(*map(training, paths))
+        each = ", ".join(f"{share:.1f}" for share in shares(tuned))
+        numbers = ", ".join(to_90), ", ".join(f"{x:.1f}" for x in late), f"{np.mean(norm):.1f}"
+        cells = ROWS[row], steps[-1], f"**{over_seeds(tuned)}**", each, over_seeds(sum(map(silent, runs), []))
+        rows.append([*cells, *numbers, f"{np.mean(minutes):.0f}"])
+    head = "run | steps | last evaluation | its seeds | from zero noise | 90 of 100 after, k steps"
+    text = f"Base {over_seeds(first[0][:1])}, zero latents {over_seeds(first[1][:1])}, the same in every run."
+    publish(path, f"{head} | last quarter of training, % | norm | minutes", rows, "", text)
+
+
+def runs_of(task):
+    """{row: the folders of its runs, by seed}, of "aloha/", "libero/butter_" or "libero/<suite>_"."""
+    folders = {}
+    for row in ROWS:
+        paths = sorted((ROOT / "results").glob(f"{task}{row + '_' * bool(row)}seed*"))
+        folders |= {row: paths} if paths else {}
+    return folders
+
+
+def write_peers(path):
+    """peers.md: over ALOHA and butter/tray, and their first seeds, the interquartile mean of the last
+    evaluation and the probability of a better run than one of FPO, with stratified bootstrap intervals
+    (rliable, arXiv 2108.13264)."""
+    from rliable import library, metrics  # slow to import
+
+    tasks, scores = [runs_of(task) for task in ("aloha/", "libero/butter_")], {}
+    for row in ("", *PEERS):
+        ends = []  # of each task, the share of a run's last evaluation that succeeded
+        for runs in tasks:
+            counts = [played(evaluations(folder / "eval.csv"))[2] for folder in runs.get(row, ())]
+            ends.append(shares(counts))
+        if n := min(map(len, ends)):
+            scores[ROWS[row]] = np.array([end[:n] for end in ends]).T  # (seeds, tasks)
+    warnings.simplefilter("ignore", FutureWarning)  # rliable's random_state has another name in arch
+    draws = dict(reps=1000, random_state=np.random.RandomState(0))
+    mean, within = library.get_interval_estimates(
+        scores, lambda x: np.array([metrics.aggregate_iqm(x)]), **draws
+    )
+    pairs = {name: (score, scores["FPO"]) for name, score in scores.items() if name != "FPO"}
+    better, among = library.get_interval_estimates(pairs, metrics.probability_of_improvement, **draws)
+    rows = []
+    for name, score in scores.items():
+        low, high = within[name].ravel()
+        cells = [name, str(len(score)), f"{mean[name][0]:.1f} % [{low:.1f}, {high:.1f}]", "–"]
+        if name in pairs:
+            low, high = among[name].ravel()
+            cells[-1] = f"{better[name]:.2f} [{low:.2f}, {high:.2f}]"
+        rows.append(cells)
+    publish(path, "method | seeds a task | interquartile mean | probability of a better run than FPO's", rows)
 
 
 def constant_latents(path):
@@ -163,7 +226,7 @@ def write_tasks(results):
         found = constant_latents(results / f"constant_latent/{task}.csv")
         base, zero, tuned, steps = found["base"], found["zero"], [], ["–"]
         if runs:
-            base, zero, tuned, steps, _ = zip(*map(played, runs))
+            base, zero, tuned, steps = zip(*map(played, runs))
         ours.append([np.mean(shares(counts)) if counts else np.nan for counts in (base, zero, tuned)])
         if not base:
             continue
@@ -190,59 +253,6 @@ def write_tasks(results):
         row = ["–" if np.isnan(value) else f"{value:.1f}" for value in [*row, np.mean(row)]]
         page = re.sub(rf"(?m)^(\| {re.escape(label)} \|) .*$", rf"\1 {' | – | '.join(row)} | – |", page)
     write_atomically(results / "libero/table1.md", page.encode())
-
-
-def training_curves(path):
-    """runs_curves.csv -> {row: {seed: (3, n) of control steps, success of 100 training episodes, norm}}"""
-    points = {}
-    for line in read_table(path):
-        point = [float(line[name]) for name in ("env_steps", "success", "norm")]
-        points.setdefault(line["row"], {}).setdefault(line["seed"], []).append(point)
-    return {row: {seed: np.array(v).T for seed, v in seeds.items()} for row, seeds in points.items()}
-
-
-def write_ablations(path):
-    """table2.md and extras.md beside runs.csv: success at a quarter, half and all of the budget; when 90 of
-    the last 100 training episodes had succeeded, the share of them that did in the last quarter, and the mean
-    norm of the latents since the evaluation before the last."""
-    runs, cells, curves = {}, {}, training_curves(path.with_name("runs_curves.csv"))
-    for line in read_table(path):
-        points = runs.setdefault(line["row"], {}).setdefault(line["seed"], [])
-        if line["policy"] == "tuned":
-            points.append([int(line[name]) for name in ("env_steps", "successes", "episodes")])
-    for row, seeds in runs.items():
-        found = {seed: points for seed, points in seeds.items() if points}
-        cells[row] = [str(len(found)) + (f" of {len(seeds)}" if len(found) < len(seeds) else "")]
-        for k in (0, 1, 3):  # a run that stopped early counts with its last evaluation
-            cell = over_seeds([points[: k + 1][-1][1:] for points in found.values()])
-            cells[row].append(f"**{cell}**" if k == 3 else cell)
-        training = []  # of each seed
-        for seed, points in found.items():
-            steps, success, norm = curves[row][seed]
-            # the first episodes to end are the quick, successful ones: not before 100 failures can have
-            to_90 = steps[(steps >= 50_000) & (success >= 0.9)]
-            late, since = steps > 0.75 * steps[-1], steps > [[0], *points][-2][0]
-            training.append((to_90[:1] / 1000, 100 * success[late].mean(), norm[since].mean()))
-        for values, digits in zip(zip(*training), (0, 1, 1)):
-            known = np.hstack(values)
-            text = ", ".join(f"{value:.{digits}f}" for value in known) or "–"
-            if len(known) > 2:
-                text = f"{np.mean(known):.{digits}f} ± {t_half(known):.{digits}f}"
-            some = f", {len(known)} of {len(found)} seeds" if 0 < len(known) < len(found) else ""
-            cells[row].append(text + some)
-    rows, head = [], "seeds | a quarter | half | all | thousand steps to 90 % | training, last quarter, %"
-    for row, (label, paper) in TABLE_2.items():
-        for task, name in (("aloha", "ALOHA"), ("butter", "butter/tray")):
-            if (key := f"{task}_{row}") in cells:
-                steps = max(curve[0][-1] for curve in curves[key].values()) // 50_000 / 20
-                value = str(paper) if task == "butter" else ""
-                rows.append([label, f"{name}, {steps:.2g} M steps", *cells[key], value])
-    publish(path.with_name("table2.md"), f"row | task | {head} | latents' norm | paper, butter/tray", rows)
-    extras = [entry.split(": ", 1) for entry in EXTRAS.replace("\n", " ").split("; ")]
-    rows = [[label, *cells[f"short_{row}"]] for row, label in extras if f"short_{row}" in cells]
-    extras = [(f"butter_{row}", f"{label}, butter/tray") for row, label in extras]
-    rows += [[label, *cells[row]] for row, label in extras if row in cells]
-    publish(path.with_name("extras.md"), f"ALOHA, 0.4 M steps | {head} | latents' norm", rows)
 
 
 def draw_curve(path, seeds, title, paper, paper_label):
@@ -276,10 +286,8 @@ if __name__ == "__main__":
         ("libero", "butter_", "LIBERO, butter in the tray: the first 25 official", 78.5, "paper (π$_0$)"),
     ):
         folder = ROOT / "results" / name
-        runs = {path.parent.name: evaluations(path) for path in sorted(folder.glob(f"{prefix}*/eval.csv"))}
-        seeds = {run: runs[run] for run in runs if run.startswith(f"{prefix}seed")}
-        write_runs(folder / "table.md", seeds | runs)
+        seeds = {f.parent.name: evaluations(f) for f in sorted(folder.glob(f"{prefix}seed*/eval.csv"))}
+        write_rows(folder / "table.md", runs_of(f"{name}/{prefix}"))
         draw_curve(folder / "curve.png", seeds, *picture)
     write_tasks(ROOT / "results")
-    for path in (ROOT / "results").glob("*/runs.csv"):  # former/ and ablations/
-        write_ablations(path)
+    write_peers(ROOT / "results/peers.md")

@@ -1,56 +1,48 @@
-"""The queue of the ablations: Table II on ALOHA and on butter/tray, and what the additions of ours do.
+"""The queue of the runs behind results/: FPO, FPO without one of its parts, and its peers.
 
     python tools/run_ablations.py --list          # every command, and which are done
     python tools/run_ablations.py                 # run what is missing, seed 1 of every row first; many hours
 
-A run that has ended is in --out, a line an evaluation, and is not run again; its curve is in a file beside
-that. An interrupted one goes on from its last iteration at the next call, but for the baselines.
+A run that has ended has its args.json and tables in results/, and is not run again. An interrupted one goes
+on from its last iteration at the next call, but for the peers.
 """
 
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 from shared import ROOT, check_limits  # first: it makes the folder above known
 from tqdm import tqdm
 
-from results import count, evaluations, read_table
 from support.flags import parse_args, say, stop
-from support.run_files import write_atomically
 
-ALOHA = "--total-env-steps 400000 --eval-every 100000 --eval-episodes 100"
-BUTTER = "--total-env-steps 100000 --eval-every 25000"
-TABLE_2 = dict(complete="", no_clip="--clip-eps inf", k1="--explore-steps 1", single_critic="--num-critics 1")
-EXTRAS = dict(literal="--literal", gae="--fresh-latents 0 --noise-scale 1", no_self_fit="--self-fit 0")
-EXTRAS |= dict(one_step="--td-decisions 1", all_states="--actor-choice 1", all_noise="--noise-scale 1")
-EXTRAS |= dict(one_iteration="--window 1", k4="--explore-steps 4", shuffled="--shuffle-advantages")
-# row: its command without --seed and --run-name; three seeds each
-ROWS = {f"aloha_{row}": f"train_aloha.py {ALOHA} {flags}" for row, flags in TABLE_2.items()}
-ROWS |= {f"short_{row}": f"train_aloha.py {ALOHA} {flags}" for row, flags in EXTRAS.items()}
-ROWS["aloha_sac"] = f"tools/train_sac.py --task aloha {ALOHA}"
-ROWS["short_cloning"] = f"tools/train_cloning.py --task aloha {ALOHA}"
-ROWS |= {f"butter_{row}": f"train_libero.py {BUTTER} {flags}" for row, flags in TABLE_2.items()}
+TABLE_2 = dict(no_clip="--clip-eps inf", k1="--explore-steps 1", single_critic="--num-critics 1")
+PARTS = dict(literal="--literal", gae="--fresh-latents 0 --noise-scale 1", no_self_fit="--self-fit 0")
+PARTS |= dict(one_step="--td-decisions 1", all_states="--actor-choice 1", all_noise="--noise-scale 1")
+PARTS |= dict(one_iteration="--window 1", no_clamp="--no-clamp-target", shuffled="--shuffle-advantages")
+PEERS = dict(sac="train_sac.py", dsrl_na="train_sac.py --noise-aliased", cloning="train_cloning.py")
+PEERS |= {update: f"train_peers.py --update {update}" for update in ("fpo", "fpo++", "nft")}
+PEERS |= dict(flow_noise="train_flow_noise.py")
+# the folder of a row's runs in results/, but for the seed: its command, but for --seed and --run-name
+ROWS = {"aloha/": "train_aloha.py", "libero/butter_": "train_libero.py"}
+ROWS |= {f"aloha/{row}_": f"train_aloha.py {flags}" for row, flags in (TABLE_2 | PARTS).items()}
+ROWS |= {f"aloha/{row}_": f"tools/{command}" for row, command in PEERS.items()}
+ROWS |= {f"libero/butter_{row}_": f"train_libero.py {flags}" for row, flags in TABLE_2.items()}
+ROWS["libero/butter_shuffled_"] = "train_libero.py --shuffle-advantages"
 ROWS |= {
-    f"butter_{row}": f"train_libero.py {BUTTER} {EXTRAS[row]}"
-    for row in ("one_step", "all_states", "all_noise")
+    f"libero/butter_{row}_": f"tools/{command} --task libero_90_task56" for row, command in PEERS.items()
 }
-ROWS["butter_sac"] = f"tools/train_sac.py --task libero_90_task56 {BUTTER}"
-COLUMNS = "row seed status command policy env_steps successes episodes".split()
+for suite in ("libero_spatial", "libero_object", "libero_goal", "libero_10"):
+    ROWS[f"libero/{suite}_"] = f"train_libero.py --suite {suite} --eval-episodes 20"
+    ROWS[f"libero/{suite}_sac_"] = f"tools/train_sac.py --task {suite} --eval-episodes 20"
 
 
 @dataclass
 class Args:
     rows: tuple[str, ...] = tuple(ROWS)  # rows to run
     seeds: int = 3  # only the first seeds of every row, so many
-    out: Path = ROOT / "results" / "ablations" / "runs.csv"  # where the results go
     list: bool = False  # print the commands and which are done, and end
-
-
-def write_table(path, columns, rows):
-    lines = [",".join(map(str, row)) for row in (columns, *rows)]
-    write_atomically(path, ("\n".join(lines) + "\n").encode())
 
 
 def play(command, seed, folder):
@@ -64,26 +56,30 @@ def play(command, seed, folder):
     return done.returncode, done.stdout + done.stderr
 
 
+def publish(folder, to):
+    """The run's small files, in one piece: a folder in results/ is a run that has ended."""
+    part = to.with_name(f"{to.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    for name in ("args.json", "metrics.csv", "eval.csv", "table.csv"):
+        if (folder / name).exists():
+            shutil.copy(folder / name, part)
+    part.rename(to)
+
+
 if __name__ == "__main__":
     args, failed = parse_args(Args, __doc__), 0
     for row in set(args.rows) - set(ROWS):
         stop(f"--rows has {row}, which is none of {', '.join(ROWS)}")
     check_limits(args, "seeds", 1)
-    if args.out.is_dir() or any(list(line) != COLUMNS for line in read_table(args.out)):
-        stop(f"--out is {args.out}, which is a folder or a file of something else; give a new file")
     queue = [(row, seed) for seed in range(1, args.seeds + 1) for row in args.rows]
-    curves_out = args.out.with_name(f"{args.out.stem}_curves.csv")
-    lines = [list(line.values()) for line in read_table(args.out)]
-    curves = [list(line.values()) for line in read_table(curves_out)]
-    done = {(row, int(seed)) for row, seed, *_ in lines}
+    results = {(row, seed): ROOT / "results" / f"{row}seed{seed}" for row, seed in queue}
     if args.list:
         for row, seed in queue:
-            print(f"{'done' if (row, seed) in done else '':5}{row}: python {ROWS[row]} --seed {seed}")
+            print(f"{'done' if results[row, seed].exists() else '':5}python {ROWS[row]} --seed {seed}")
         raise SystemExit(0)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    for row, seed in tqdm([job for job in queue if job not in done], unit="run"):
-        # another --out has run folders of its own
-        folder = ROOT / "runs" / f"{args.out.resolve().parent.name}_{args.out.stem}_{row}_seed{seed}"
+    for row, seed in tqdm([job for job in queue if not results[job].exists()], unit="run"):
+        folder = ROOT / "runs" / f"queue_{row.replace('/', '_')}seed{seed}"
         try:
             code, text = play(ROWS[row], seed, folder)
         except KeyboardInterrupt:  # the run has had it too
@@ -91,18 +87,10 @@ if __name__ == "__main__":
         if code == 130:
             say(f"\nstopped. To go on: python {' '.join(sys.argv)}")
             raise SystemExit(130)
-        diverged = "a loss became NaN or infinite" in text
-        if code and not diverged:
+        if code and "a loss became NaN or infinite" not in text:  # that one is a result
             failed += 1
             tqdm.write(f"{row} seed {seed} ended with code {code}:\n{text[-1500:]}", file=sys.stderr)
             continue
-        curves = [line for line in curves if line[:2] != [row, str(seed)]]
-        for line in read_table(folder / "metrics.csv"):
-            if success := line["charts/success"]:
-                curves.append([row, str(seed), line["charts/env_steps"], success, line["latent/norm"]])
-        write_table(curves_out, ["row", "seed", "env_steps", "success", "norm"], curves)
-        cells = [row, seed, "loss not finite" if diverged else "", f"{ROWS[row]} --seed {seed}"]
-        lines += [[*cells, *key, *count(run)] for key, run in evaluations(folder / "eval.csv").items()]
-        write_table(args.out, COLUMNS, lines)  # last: from here on the run is done
+        publish(folder, results[row, seed])
     if failed:
         stop(f"{failed} runs failed; their last lines are above, and the next call tries them again", code=1)
