@@ -150,8 +150,9 @@ def test_constant_latents_are_tabled(tmp_path):
 def test_baselines_train(tmp_path, name, own):
     from results import evaluations
 
-    flags = "--num-envs 4 --total-env-steps 4000 --eval-every 2000 --eval-episodes 2 --num-workers 2"
-    flags += f" --updates 2 --minibatch-size 16 --run-name run {own}"
+    steps = 4000 if name == "train_peers" else 2400  # its critics learn alone for 3200
+    flags = f"--num-envs 4 --total-env-steps {steps} --eval-every {steps // 2} --eval-episodes 2"
+    flags += f" --num-workers 2 --updates 2 --minibatch-size 16 --run-name run {own}"
     result = tool(name, tmp_path, *flags.split())
     assert result.returncode == 0, result.stderr
     assert "environment steps" in result.stdout and "fixed" in result.stdout
@@ -168,7 +169,8 @@ def test_baselines_train(tmp_path, name, own):
         sizes[policy].append(len(episodes))
     assert sizes == expected and ("tuned", int(metrics[-1]["charts/env_steps"])) in evaluated
     assert (run / "last.pt").exists() and (run / "args.json").exists()
-    assert_refused(tool(name, tmp_path, *flags.split()), ["--run-name is run"])
+    if name == "train_cloning":  # what begins a run is the same for all
+        assert_refused(tool(name, tmp_path, *flags.split()), ["--run-name is run"])
 
 
 def test_the_density_of_a_noisy_flow_is_that_of_its_gaussian_steps():
