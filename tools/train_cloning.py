@@ -44,7 +44,7 @@ class Args:
     window: int = 2000  # decisions of successful episodes that are kept, the newest
     updates: int = 32  # gradient steps an iteration
     minibatch_size: int = 160  # samples of one gradient step
-    actor_lr: float = 3e-4  # learning rate (Adam); it falls linearly to 0 over the run
+    actor_lr: float = 1e-3  # learning rate (Adam); it falls linearly to 0 over the run
     flow_steps: int = 8  # steps in which the actor's flow is integrated
     num_draws: int = 16  # N, draws of (u, ε) behind every CFM loss
 
