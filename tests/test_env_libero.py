@@ -97,25 +97,29 @@ def both():
 # mesh slides on a mesh: MuJoCo 3.3.2 finds such contacts by iteration (tolerance 1e-6), so that rounding may
 # grow to 7e-5 within a step, in the stock environment as in ours.
 @pytest.mark.parametrize(
-    "suite_name, task_id, start",
+    "suite_name, task_id, start, wait",
     [
-        (*BUTTER, official(0)),
-        pytest.param("libero_spatial", 0, placed(3), marks=pytest.mark.slow),
-        pytest.param("libero_object", 1, placed(3), marks=pytest.mark.slow),
-        pytest.param("libero_goal", 3, official(0), marks=pytest.mark.slow),
-        pytest.param("libero_10", 0, placed(3), marks=pytest.mark.slow),
+        (*BUTTER, official(0), 1),
+        pytest.param("libero_spatial", 0, placed(3), 12, marks=pytest.mark.slow),
+        pytest.param("libero_object", 1, placed(3), 1, marks=pytest.mark.slow),
+        pytest.param("libero_goal", 3, official(0), 12, marks=pytest.mark.slow),
+        pytest.param("libero_10", 0, placed(3), 12, marks=pytest.mark.slow),
     ],
 )
-def test_same_actions_same_states_and_success_as_the_stock_environment(both, suite_name, task_id, start):
-    from demo_libero import Demonstrator
+def test_same_actions_same_states_and_success_as_the_stock_environment(
+    both, suite_name, task_id, start, wait, monkeypatch
+):
+    import demo_libero
 
+    # above the place; the longer meshes touch in the hand, the further free runs drift apart
+    monkeypatch.setattr(demo_libero, "WAIT", wait)
     butter = (suite_name, task_id) == BUTTER
     simulator, stock = both if butter else without_warm_start_both(suite_name, task_id)
     stock_observation = stock_reset(stock, simulator, start)
     state, observation = simulator.reset(start)
     nq = simulator.model.nq
     np.testing.assert_allclose(simulator.data.qpos, stock.sim.data.qpos, atol=1e-9)
-    demonstrator, contacts, flags, errors = Demonstrator(simulator), 0, [], []
+    demonstrator, contacts, flags, errors = demo_libero.Demonstrator(simulator), 0, [], []
     for _ in range(200):
         action = np.clip(next(demonstrator.actions), -1, 1)
         simulator._set_state(state)
@@ -132,8 +136,7 @@ def test_same_actions_same_states_and_success_as_the_stock_environment(both, sui
         contacts = max(contacts, stock.sim.data.ncon)
     alone, together = np.array(errors).T
     assert np.quantile(alone, 0.9) < 1e-12 and alone.max() < 2e-4
-    # 200 steps without being put right: rounding grows while meshes touch, to 8 mm where one is let go
-    assert np.quantile(together, 0.5) < 5e-4 and together.max() < 2e-2
+    assert np.quantile(together, 0.5) < 1e-5 and together.max() < 5e-4  # 200 steps without being put right
     assert contacts > 4
     # robosuite samples its observables somewhere within the control step: a millimetre, not a rounding error
     height, near = [0, 0, simulator.height], dict(atol=2e-3)
