@@ -7,7 +7,6 @@
 The last two play episodes with the checkpoints step*.pt of a run.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from shared import ROOT, check_limits  # first: it makes the folder above known
 import matplotlib.pyplot as plt
 import numpy as np
 
-from results import COLORS, ROWS, evaluations, on_common_states, read_table, runs_of, t_half
+from results import COLORS, ROWS, counts_from, evaluations, on_common_states, read_table, runs_of, t_half
 from support.flags import parse_args, stop
 from support.run_files import check_same, load_checkpoint, make_out_folder
 
@@ -73,11 +72,8 @@ def draw_curves(out, name, pattern, title):
         tested = on_common_states(evaluations(folder / "eval.csv"))
         points = [(k[1], 100 * v.mean()) for k, v in tested.items() if k[0] == "tuned" or k == ("base", 0)]
         success.append(np.array(points).T)
-        # at first the episodes that end are the short, successful ones, and then all failures at once
-        early = 3 * max(int(line["length"]) for line in read_table(folder / "eval.csv"))
-        early *= json.loads((folder / "args.json").read_text())["args"]["num_envs"]
         for key in ("return", "episode_length"):
-            curve = training_curve(read_table(folder / "metrics.csv"), f"charts/{key}", early)
+            curve = training_curve(read_table(folder / "metrics.csv"), f"charts/{key}", counts_from(folder))
             training.setdefault(key, []).append(curve)
     figure, panels = plt.subplots(1, 3, figsize=(10, 3.1))
     draw_seeds(panels[0], success, BLUE, f"the same {len(tested['base', 0])} held-out states", 100)
@@ -102,14 +98,13 @@ def draw_ablations(out):
     for task, title, pair in (("aloha/", "ALOHA", panels[:2]), ("libero/butter_", "butter/tray", panels[2:])):
         runs = runs_of(task)
         for row, color in zip(("", "sac", "no_clip", "k1", "single_critic"), COLORS):
-            tables = [read_table(folder / "metrics.csv") for folder in runs.get(row, ())]
+            tables = {path: read_table(path / "metrics.csv") for path in runs.get(row, ())}
             if not tables:
                 continue
             text = f"{ROWS[row].split(':')[0]}, {len(tables)}"
-            # as above: from three time limits of 32 environments on
-            shares = [training_curve(table, "charts/success", 3 * 32 * 400) for table in tables]
+            shares = [training_curve(v, "charts/success", counts_from(path)) for path, v in tables.items()]
             draw_seeds(pair[0], [(x, 100 * y) for x, y in shares], color, text, thin=True)
-            norms = [training_curve(table, "latent/norm", 0) for table in tables]
+            norms = [training_curve(table, "latent/norm", 0) for table in tables.values()]
             draw_seeds(pair[1], norms, color, text, thin=True)
         pair[0].set(ylabel="success of the last 100 training episodes (%)", ylim=(0, 102))
         pair[1].set(ylabel="norm of the executed latents")

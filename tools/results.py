@@ -134,35 +134,42 @@ def publish(path, head, rows, *text):
             write_atomically(page, (before + begin + lines + end + after.partition(end)[2]).encode())
 
 
+def counts_from(folder):
+    """The control step of a run from which its training episodes count: the quick, successful ones end first,
+    so three time limits of all environments."""
+    limit = max(int(line["length"]) for line in read_table(folder / "eval.csv"))
+    return 3 * limit * json.loads((folder / "args.json").read_text())["args"]["num_envs"]
+
+
 def training(folder):
     """What metrics.csv says of a run: thousand steps until 90 of the last 100 training episodes had
     succeeded, a dash if never; the share that did in the last quarter, %; the norm of the latents in it;
-    minutes. The quick, successful episodes end first: what counts begins after three time limits of all."""
+    minutes."""
     lines = read_table(folder / "metrics.csv")
     names = "charts/env_steps", "charts/success", "latent/norm", "charts/SPS"
     steps, success, norm, speed = (np.array([float(v[k] or "nan") for v in lines]) for k in names)
-    limit = max(int(line["length"]) for line in read_table(folder / "eval.csv"))
-    early = 3 * limit * json.loads((folder / "args.json").read_text())["args"]["num_envs"]
     late = steps > 0.75 * steps[-1]
     minutes = np.nansum(np.diff(steps, prepend=0) / speed) / 60
-    to_90 = [f"{step / 1000:.0f}" for step in steps[(steps >= early) & (success >= 0.9)][:1]]
+    to_90 = [f"{step / 1000:.0f}" for step in steps[(steps >= counts_from(folder)) & (success >= 0.9)][:1]]
     return (*to_90, "–")[0], 100 * np.nanmean(success[late]), norm[late].mean(), minutes
 
 
 def write_rows(path, folders):
     """table.md: a row for each kind of run, over its seeds. folders: {row: the folders of its runs}"""
-    rows, first = [], None
+    rows, bases, zeros = [], {}, {}  # dicts, for their order
     for row, paths in folders.items():
         runs = [evaluations(folder / "eval.csv") for folder in paths]
         base, zero, tuned, steps = zip(*map(played, runs))
-        first = first or (base, zero)
+        bases |= dict.fromkeys(base)
+        zeros |= dict.fromkeys(zero)
         to_90, late, norm, minutes = zip(*map(training, paths))
         each = ", ".join(f"{share:.1f}" for share in shares(tuned))
         numbers = ", ".join(to_90), ", ".join(f"{x:.1f}" for x in late), f"{np.mean(norm):.1f}"
         cells = ROWS[row], steps[-1], f"**{over_seeds(tuned)}**", each, over_seeds(sum(map(silent, runs), []))
         rows.append([*cells, *numbers, f"{np.mean(minutes):.0f}"])
     head = "run | steps | last evaluation | its seeds | from zero noise | 90 of 100 after, k steps"
-    text = f"Base {over_seeds(first[0][:1])}, zero latents {over_seeds(first[1][:1])}, the same in every run."
+    base, zero = (" or ".join(over_seeds([counts]) for counts in found) for found in (bases, zeros))
+    text = f"Base {base}, zero latents {zero}."
     publish(path, f"{head} | last quarter of training, % | norm | minutes", rows, "", text)
 
 
@@ -286,8 +293,9 @@ if __name__ == "__main__":
         ("libero", "butter_", "LIBERO, butter in the tray: the first 25 official", 78.5, "paper (π$_0$)"),
     ):
         folder = ROOT / "results" / name
-        seeds = {f.parent.name: evaluations(f) for f in sorted(folder.glob(f"{prefix}seed*/eval.csv"))}
-        write_rows(folder / "table.md", runs_of(f"{name}/{prefix}"))
+        runs = runs_of(f"{name}/{prefix}")
+        seeds = {path.name: evaluations(path / "eval.csv") for path in runs[""]}
+        write_rows(folder / "table.md", runs)
         draw_curve(folder / "curve.png", seeds, *picture)
     write_tasks(ROOT / "results")
     write_peers(ROOT / "results/peers.md")
