@@ -102,8 +102,10 @@ if __name__ == "__main__":
     actor = TanhGaussianActor(S, D).to(device)
     critic = QEnsemble(S, D, NUM_CRITICS).to(device)
     knots = len(base.chunk_mean) - 1  # of a chunk; between them actions are interpolated
-    learner = QEnsemble(S, knots * base.action_dim, NUM_CRITICS).to(device)  # of actions
-    learner = learner if args.noise_aliased else critic  # what Eq. 5 trains
+    scale = base.chunk_basis.norm(dim=0) + 1e-3  # the actions' deviation, for that of the components is 1
+    learner = critic  # what Eq. 5 trains
+    if args.noise_aliased:
+        learner = QEnsemble(S, knots * base.action_dim, NUM_CRITICS).to(device)
     target = copy.deepcopy(learner)
     log_alpha = torch.tensor(math.log(args.temperature), device=device, requires_grad=True)
     actor_adam = torch.optim.Adam(actor.parameters(), args.actor_lr)
@@ -124,7 +126,6 @@ if __name__ == "__main__":
         if not args.noise_aliased:
             return x
         actions = base.decode(s, x)[:, :: base.chunk_steps // knots]
-        scale = base.chunk_basis.norm(dim=0) + 1e-3  # the components' deviation is 1
         return ((actions - base.chunk_mean[:-1]) / scale[:-1]).flatten(1)
 
     def descend(adam, loss):
