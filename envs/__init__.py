@@ -58,7 +58,7 @@ def load_suite(name, task_ids=None, pictures=False):
         tasks=tasks,
         names={k: libero.suite(name).get_task(k).name for k in tasks},
         limit=libero.STEP_LIMIT[name],
-        build=partial(libero.build, name),
+        build=partial(libero.build, name, pictures),
         draw_start=libero.draw_start,
         starts=[libero.official(i) for i in range(libero.OFFICIAL_STATES)],
         cameras=tuple(libero.CAMERAS),

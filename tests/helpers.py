@@ -14,6 +14,8 @@ from unittest import mock
 
 import torch
 
+from short import HORIZON
+
 ROOT = Path(__file__).parents[1]
 SMALL = (
     "--num-envs 2 --num-workers 1 --rollout-decisions 4 --critic-warmup 1 --critic-steps 2 --actor-states 3 "
@@ -43,19 +45,27 @@ def script(name, cwd, *flags, **options):
     return python(cwd, ROOT / name, *flags, **options)
 
 
-def here(name, cwd, *flags):
+def short(name, cwd, *flags):
+    """A script in this process to its end, with short episodes of ALOHA."""
+    return here(name, cwd, *flags, play=True, horizon=HORIZON)
+
+
+def here(name, cwd, *flags, play=False, horizon=400):
     """A script in this process, without the seconds of its imports, up to where it would play its first
-    episode. An exception that it does not catch is raised."""
+    episode, or to its end if it is to `play`. An exception that it does not catch is raised.
+    horizon: control steps of an episode of ALOHA."""
     before, argv, handlers = Path.cwd(), sys.argv, {n: signal.getsignal(n) for n in SIGNALS}
     out, err, code = io.StringIO(), io.StringIO(), 0
+    no_play = mock.patch("envs.workers.Workers.map", side_effect=AssertionError("it plays"))
+    brief = mock.patch("envs.aloha.HORIZON", horizon)
     try:
         os.chdir(cwd)
         sys.argv = [str(ROOT / name), *map(str, flags)]
-        no_play = mock.patch("envs.workers.Workers.map", side_effect=AssertionError("it plays"))
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), no_play:
-            runpy.run_path(sys.argv[0], run_name="__main__")
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            with brief, contextlib.nullcontext() if play else no_play:
+                runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as end:
-        code = end.code
+        code = end.code or 0
     finally:
         os.chdir(before)
         sys.argv = argv

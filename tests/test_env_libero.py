@@ -21,7 +21,7 @@ BUTTER = ("libero_90", 56)
 
 
 def start_workers(num_workers):
-    return Workers(partial(build, BUTTER[0]), [BUTTER[1]], num_workers)
+    return Workers(partial(build, BUTTER[0], True), [BUTTER[1]], num_workers)
 
 
 def training_envs(workers, num_envs, seed):
@@ -82,6 +82,7 @@ def workers():
 
 def without_warm_start_both(suite_name, task_id):
     simulator, stock = Simulator(suite_name, task_id), stock_environment(suite_name, task_id)
+    assert simulator.model.ntex == 0 < stock.sim.model._model.ntex  # ours has nothing to see
     without_warm_start(simulator.model, stock.sim.model._model)
     return simulator, stock
 
@@ -154,7 +155,7 @@ def test_same_actions_same_states_and_success_as_the_stock_environment(
 
 # Pull, put in a drawer, drag, twist, push shut, put inside and swing shut; 15 cm short, it closes on nothing
 @pytest.mark.slow
-@pytest.mark.parametrize("aim", [None, (0.15, -0.25, 5.0)])
+@pytest.mark.parametrize("aim", [None, (0.15, -0.25, 5.0, 1.0)])
 @pytest.mark.parametrize(
     "suite_name, task_id",
     [*(("libero_goal", k) for k in (0, 3, 5, 7)), *(("libero_10", k) for k in (3, 9))],
@@ -162,7 +163,7 @@ def test_same_actions_same_states_and_success_as_the_stock_environment(
 def test_the_demonstrator_does_each_kind_of_goal(suite_name, task_id, aim):
     from demo_libero import demonstrate
 
-    simulators = build(suite_name, [task_id])
+    simulators = build(suite_name, False, [task_id])
     own = official(0), aim, [2, 0, 0]
     episode = demonstrate(simulators, task_id, *own, STEP_LIMIT[suite_name], 40, push=0.0, record=False)
     assert episode["success"] == (aim is None) and np.abs(episode["actions"]).max() <= 1
@@ -380,7 +381,7 @@ def test_pictures_and_robot_state_are_those_of_the_stock_environment():
     step's sampling."""
     from libero.libero.envs.env_wrapper import OffScreenRenderEnv
 
-    simulator = Simulator("libero_spatial", 0)
+    simulator = Simulator("libero_spatial", 0, pictures=True)
     size = (96, 96)
     with quiet():
         bddl = suite("libero_spatial").get_task_bddl_file_path(0)

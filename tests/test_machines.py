@@ -96,7 +96,7 @@ def mute(tmp_path_factory):
     shutil.copy(ROOT / "weights" / "aloha.safetensors", cwd / "mine.safetensors")
     closed = ("sh", "-c", 'exec "$@" >&- 2>&-', "sh")
     flags = [*SHORT, "--base", "mine.safetensors", "--run-name", "mute"]
-    return cwd, script(TRAIN, cwd, *flags, prefix=closed)
+    return cwd, script("tests/short.py", cwd, TRAIN, *flags, prefix=closed)
 
 
 @pytest.mark.slow
@@ -130,7 +130,7 @@ def test_a_run_outlives_its_terminal_and_finds_weights_that_have_moved(mute):
     longer = ["--resume", "runs/cut", "--total-env-steps", 320]
     assert_refused(here(TRAIN, cwd, *longer), ["--base mine.safetensors"])
     process = subprocess.Popen(
-        command(TRAIN, *longer, "--base", "elsewhere/mine.safetensors"),
+        command("tests/short.py", TRAIN, *longer, "--base", "elsewhere/mine.safetensors"),
         cwd=cwd,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -249,7 +249,7 @@ def test_an_opengl_device_that_does_not_start(monkeypatch):
 def test_liberos_pictures_are_those_that_policies_were_trained_on():
     """Mean brightness of LIBERO-Object's first official state. MuJoCo renders it at 139.1 up to 3.3.2 and at
     103.3 from 3.3.3 on."""
-    simulator = Simulator("libero_object", 0)
+    simulator = Simulator("libero_object", 0, pictures=True)
     picture = simulator.look(simulator.reset(official(0))[0], dict(image=(128, 128)))["pixels"]["image"]
     assert abs(picture.mean() - 139.1) < 3
 

@@ -37,8 +37,8 @@ def folder(tmp_path_factory):
     """runs/one: one process; runs/two: two ranks, of which one is killed once the first iteration is saved;
     runs/parts: a copy of that moment."""
     cwd = tmp_path_factory.mktemp("ranks")
-    finish(start(cwd, *command("train_aloha.py", *FLAGS, "--run-name", "one")))
-    process = start(cwd, *TWO, ROOT / "train_aloha.py", *FLAGS, "--run-name", "two")
+    finish(start(cwd, *command("tests/short.py", "train_aloha.py", *FLAGS, "--run-name", "one")))
+    process = start(cwd, *TWO, ROOT / "tests/short.py", "train_aloha.py", *FLAGS, "--run-name", "two")
     while process.poll() is None and not (cwd / "runs" / "two" / "last.pt").exists():
         time.sleep(0.02)
     shutil.copytree(cwd / "runs" / "two", cwd / "runs" / "parts")
@@ -85,7 +85,7 @@ def test_evaluation_is_gathered_exactly(folder):
 def test_resume_with_another_number_of_ranks(folder):
     """One process does the second iteration, from where two ranks had saved the first."""
     assert checkpoint(folder / "parts")["iteration"] == 1
-    finish(start(folder.parent, *command("train_aloha.py", "--resume", "runs/parts")))
+    finish(start(folder.parent, *command("tests/short.py", "train_aloha.py", "--resume", "runs/parts")))
     assert_close(folder / "one", folder / "parts")
 
 

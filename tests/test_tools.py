@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, SMALL, assert_refused, here, rows, script
+from helpers import ROOT, SMALL, assert_refused, here, rows, short
 
 from base.flow import FlowBase
 from envs.aloha import evaluation_poses
@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 
 def tool(name, cwd, *flags):
-    return script(f"tools/{name}.py", cwd, *flags)
+    return here(f"tools/{name}.py", cwd, *flags, play=True)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_each_grasp_works_on_its_half_of_the_table(demonstrations):
 def test_cloning_makes_a_base_that_loads(demonstrations):
     cwd, _ = demonstrations
     flags = "--demos demos.npz --out base.safetensors --steps 30 --batch 64 --eval-episodes 2 --latent-dim 6"
-    result = tool("clone_base", cwd, *flags.split())
+    result = short("tools/clone_base.py", cwd, *flags.split())
     assert result.returncode == 0, result.stderr
     base = FlowBase.load(cwd / "base.safetensors", task="aloha")
     assert base.latent_dim == 6 and base.header["success"]["gaussian"]["episodes"] == 2
@@ -64,14 +64,14 @@ def test_cloning_makes_a_base_that_loads(demonstrations):
 @pytest.mark.slow
 def test_each_reach_works_for_a_part_of_the_starts_and_its_clone(tmp_path):
     """Short and far reaches are shown from every start; hardly ever both fail, and neither always works."""
-    flags = "--task-ids 56 --num-demos 24 --num-brief 8 --push 0 --short 4.1 4.2 --video demos.mp4"
+    flags = "--task-ids 56 --num-demos 16 --num-brief 4 --push 0 --short 4.1 4.2 --video demos.mp4"
     result = tool("demo_libero", tmp_path, *flags.split(), "--out", "demos.npz")
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "demos.mp4").stat().st_size > 10_000
     with np.load(tmp_path / "demos.npz", allow_pickle=False) as file:
         names = "behaviour", "success", "length", "pushed", "actions", "observations", "whole"
         behaviour, success, length, pushed, actions, seen, whole = (file[name] for name in names)
-    assert length.sum() == len(actions) == len(pushed) and whole.sum() == 24 and (~whole).sum() == 8
+    assert length.sum() == len(actions) == len(pushed) and whole.sum() == 16 and (~whole).sum() == 4
     cut = np.flatnonzero(~whole)  # by the limit, so that their last step is in no chunk
     assert (length[cut] == 38).all() and set(np.cumsum(length)[cut] - 1) == set(np.flatnonzero(pushed))
     assert set(behaviour) == {0, 1} and (behaviour[::2] != behaviour[1::2]).all()
@@ -80,7 +80,7 @@ def test_each_reach_works_for_a_part_of_the_starts_and_its_clone(tmp_path):
     one, other = success[whole][::2], success[whole][1::2]
     assert (one | other).mean() > 0.7 and (one & other).mean() < 0.4
     flags = "--task libero_90_task56 --demos demos.npz --out base.safetensors --steps 30 --batch 64"
-    result = tool("clone_base", tmp_path, *flags.split(), "--eval-episodes", 1)
+    result = tool("clone_base", tmp_path, *flags.split(), *"--eval-episodes 1 --workers 1".split())
     assert result.returncode == 0, result.stderr
     base = FlowBase.load(tmp_path / "base.safetensors", task="libero_90_task56")
     assert base.header["task_ids"] == [56] and base.header["success"]["gaussian"]["episodes"] == 1
@@ -93,7 +93,8 @@ def test_the_search_for_the_edges_finds_them():
     rng, known = np.random.default_rng(0), {3: [0.012, 0.05], 7: [0.081, 0.033]}
 
     def play(_, tasks, starts, aims, *rest):
-        right = [s < known[k][j % 2] for j, (k, (s, _, wrong)) in enumerate(zip(tasks, aims)) if wrong == 0]
+        assert all(wrong == 0 for _, _, wrong, _ in aims)
+        right = [s < known[k][j % 2] for j, (k, (s, *_)) in enumerate(zip(tasks, aims))]
         return [dict(success=good ^ (rng.random() < 0.05)) for good in right]
 
     suite = SimpleNamespace(tasks=[3, 7], limit=300, draw_start=lambda rng: None)
@@ -123,8 +124,9 @@ def test_the_search_finds_a_known_optimum(seed):
 
 @pytest.mark.slow
 def test_constant_latents_are_tabled(tmp_path):
-    flags = "--per-place --first-only --states tuning evaluation --total-env-steps 1 --best-of 2 --episodes 2"
-    result = tool("constant_latent", tmp_path, *flags.split(), *"--seeds 3 --workers 2 --out t.csv".split())
+    flags = "--per-place --first-only --states tuning evaluation --total-env-steps 1 --best-of 2 "
+    flags += "--episodes 2 --seeds 3 --workers 2 --out t.csv"
+    result = short("tools/constant_latent.py", tmp_path, *flags.split())
     assert result.returncode == 0, result.stderr
     table, kinds = rows(tmp_path / "t.csv"), ("tuning", "evaluation")
     constant = "constant per_place first_only"
@@ -153,7 +155,7 @@ def test_baselines_train(tmp_path, name, own):
     steps = 4000 if name == "train_peers" else 2400  # its critics learn alone for 3200
     flags = f"--num-envs 4 --total-env-steps {steps} --eval-every {steps // 2} --eval-episodes 2"
     flags += f" --num-workers 2 --updates 2 --minibatch-size 16 --run-name run {own}"
-    result = tool(name, tmp_path, *flags.split())
+    result = short(f"tools/{name}.py", tmp_path, *flags.split())
     assert result.returncode == 0, result.stderr
     assert "environment steps" in result.stdout and "fixed" in result.stdout
     run = tmp_path / "runs" / "run"
@@ -227,11 +229,17 @@ def test_log_density_of_the_untrained_actor_is_that_of_the_prior():
 
 
 @pytest.mark.slow
-def test_monotonicity_end_to_end(tmp_path):
-    flags = "--runs no_self_fit --total-env-steps 38_000 --samples 8 --ode-steps 4 --out ."
+def test_monotonicity_end_to_end(tmp_path, monkeypatch):
+    """Its run is a small one, in this process."""
+
+    def run(command):
+        assert short("train_aloha.py", tmp_path, *command[2:], *SMALL).returncode == 0
+
+    monkeypatch.setattr("subprocess.run", run)
+    flags = "--runs defaults --total-env-steps 1200 --samples 8 --ode-steps 4 --out ."
     result = tool("check_monotonicity", tmp_path, *flags.split())
     assert result.returncode == 0, result.stderr
-    assert rows(tmp_path / "no_self_fit_seed1.csv")
+    assert rows(tmp_path / "defaults_seed1.csv")
     assert "spearman" in result.stdout and (tmp_path / "seed1.png").stat().st_size > 10_000
 
 
@@ -253,8 +261,8 @@ def test_the_latent_density_of_sac_is_that_of_a_squashed_gaussian():
 @pytest.mark.slow
 def test_pictures_of_a_finished_run(tmp_path):
     flags = [*SMALL, "--total-env-steps", 1, "--run-name", "short"]
-    assert script("train_aloha.py", tmp_path, *flags).returncode == 0
-    result = tool("plots", tmp_path, *"--latents runs/short --episodes 4 --out .".split())
+    assert short("train_aloha.py", tmp_path, *flags).returncode == 0
+    result = short("tools/plots.py", tmp_path, *"--latents runs/short --episodes 4 --out .".split())
     assert result.returncode == 0, result.stderr
     for name in ("fig7_aloha.png", "fig7_aloha.svg"):
         assert (tmp_path / name).stat().st_size > 10_000, name

@@ -20,6 +20,8 @@ import pytest
 import torch
 
 from helpers import ROOT, SMALL, assert_refused, assert_same_results, checkpoint, command, here, rows, script
+from helpers import short
+from short import HORIZON
 from evaluate import latents_of
 from fpo_actor import FlowActor
 from support.flags import resumed_args
@@ -36,7 +38,7 @@ TRAIN, WHOLE = (
 def finished(tmp_path_factory):
     """Four iterations, undisturbed, with exploration."""
     cwd = tmp_path_factory.mktemp("finished")
-    result = script(TRAIN, cwd, *WHOLE, "--run-name", "whole")
+    result = short(TRAIN, cwd, *WHOLE, "--run-name", "whole")
     assert result.returncode == 0, result.stderr
     return cwd, result
 
@@ -65,7 +67,7 @@ def test_writes_what_it_promises(finished):
         *[("tuned", str(half), "0"), ("tuned", str(end), "0"), ("tuned", str(end), "1")],
         *[("zero noise", str(end), "0"), ("zero noise", str(end), "1")],
     ]
-    assert all(int(row["length"]) == 400 or row["success"] == "1" for row in episodes)
+    assert all(int(row["length"]) == HORIZON or row["success"] == "1" for row in episodes)
     last = [
         int(row["success"]) for row in episodes if (row["policy"], row["env_steps"]) == ("tuned", str(end))
     ]
@@ -88,9 +90,9 @@ def test_the_actor_acts_with_a_part_of_its_noise(finished):
 
 def start(cwd, *flags):
     """-> the process, and where its output goes."""
-    log = cwd / "output.log"
+    log, words = cwd / "output.log", command("tests/short.py", TRAIN, *flags)
     with open(log, "w") as file:
-        return subprocess.Popen(command(TRAIN, *flags), cwd=cwd, stdout=file, stderr=file), log
+        return subprocess.Popen(words, cwd=cwd, stdout=file, stderr=file), log
 
 
 def wait_until(process, condition, seconds=200):
@@ -140,7 +142,7 @@ def test_whatever_strikes_a_run_it_ends_as_the_undisturbed_one(finished):
         assert "python train_aloha.py --resume runs/struck" in said and "Traceback" not in said, said
         assert not psutil.wait_procs(family, 20)[1], "processes were left over"
 
-    result = script(TRAIN, cwd, "--resume", "runs/struck")
+    result = short(TRAIN, cwd, "--resume", "runs/struck")
     assert result.returncode == 0, result.stderr
     assert_same_results(cwd / "runs" / "whole", folder)
 
@@ -151,8 +153,8 @@ def test_a_full_disk_stops_the_run_with_one_sentence(finished):
     cwd, _ = finished
     folder = cwd / "runs" / "full"
     shutil.copytree(cwd / "runs" / "whole", folder)
-    small = ("sh", "-c", 'ulimit -f 1000; exec "$@"', "sh")
-    result = script(TRAIN, cwd, "--resume", "runs/full", "--total-env-steps", 4000, prefix=small)
+    resume, small = (TRAIN, "--resume", "runs/full"), ("sh", "-c", 'ulimit -f 1000; exec "$@"', "sh")
+    result = script("tests/short.py", cwd, *resume, "--total-env-steps", 4000, prefix=small)
     assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
     assert "cannot be written" in result.stderr and "--resume runs/full" in result.stderr
     assert (folder / "last.pt").read_bytes() == (cwd / "runs" / "whole" / "last.pt").read_bytes()
@@ -193,7 +195,7 @@ def test_nan_stops_with_the_last_good_checkpoint(tmp_path):
     flags = (
         "--run-name nan --total-env-steps 4000 --critic-lr 1e30 --critic-steps 4 --eval-episodes 1".split()
     )
-    result = script(TRAIN, tmp_path, *SMALL, *flags)
+    result = here(TRAIN, tmp_path, *SMALL, *flags, play=True)
     assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
     assert "NaN" in result.stderr and "runs/nan/last.pt" in result.stderr
     saved = checkpoint(tmp_path / "runs" / "nan")
@@ -208,7 +210,7 @@ def test_track_offline(finished):
     shutil.copytree(cwd / "runs" / "whole", folder)
     before = len(rows(folder / "metrics.csv"))
     flags = ("--resume", "runs/tracked", "--track", "--total-env-steps", 2000, "--num-workers", 2)
-    result = script(TRAIN, cwd, *flags, WANDB_MODE="offline", HOME=str(cwd))
+    result = script("tests/short.py", cwd, TRAIN, *flags, WANDB_MODE="offline", HOME=str(cwd))
     assert result.returncode == 0, result.stderr
     (file,) = folder.glob("wandb/offline-run-*/*.wandb")
     data, added = file.read_bytes(), rows(folder / "metrics.csv")[before:]
@@ -225,7 +227,7 @@ def test_track_offline(finished):
 def test_evaluate_prints_the_same_success_as_the_run_and_makes_films(finished):
     cwd, whole = finished
     flags = ("runs/whole/last.pt", "--episodes", 2, "--video", "--run-name", "evaluated", "--num-workers", 2)
-    result = script("evaluate.py", cwd, *flags)
+    result = short("evaluate.py", cwd, *flags)
     assert result.returncode == 0, result.stderr
     table = whole.stdout[whole.stdout.index("\n success") :]
     assert "tuned" in table and "Transfer Cube" in table and table in result.stdout
@@ -247,7 +249,8 @@ def test_a_base_whose_actions_overflow_costs_episodes_and_not_the_evaluation(tmp
         tensors, header = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
     tensors["chunk_basis"] *= 1e38 / tensors["chunk_basis"].abs().max()
     save_file(tensors, tmp_path / "overflow.safetensors", header)
-    result = script("evaluate.py", tmp_path, "overflow.safetensors", "--episodes", 4, "--run-name", "lost")
+    flags = "overflow.safetensors --episodes 4 --run-name lost".split()
+    result = here("evaluate.py", tmp_path, *flags, play=True)
     assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
     episodes = rows(tmp_path / "runs" / "lost" / "eval.csv")
     lost = [row for row in episodes if row["diverged"] == "1"]

@@ -26,7 +26,7 @@ def finished(tmp_path_factory):
     to succeed, so that the counts of steps are known."""
     cwd = tmp_path_factory.mktemp("finished")
     FlowBase(HEADER).save(cwd / "base.safetensors")
-    result = script(TRAIN, cwd, *SMALL, *SUITE, *RUN, "--run-name", "whole")
+    result = here(TRAIN, cwd, *SMALL, *SUITE, *RUN, "--run-name", "whole", play=True)
     assert result.returncode == 0, result.stderr
     return cwd, result
 
@@ -62,7 +62,8 @@ def test_a_run_made_longer_ends_where_the_longer_one_ends(finished):
     shutil.copy(folder / "step00000064.pt", folder / "last.pt")
     args.write_text(args.read_text().replace('"total_env_steps": 128', '"total_env_steps": 64'))
     assert json.loads(args.read_text())["args"]["total_env_steps"] == 64
-    result = script(TRAIN, cwd, "--resume", "runs/parts", "--total-env-steps", 128, "--num-workers", 2)
+    resume = "--resume runs/parts --total-env-steps 128 --num-workers 2".split()
+    result = here(TRAIN, cwd, *resume, play=True)
     assert result.returncode == 0, result.stderr
     assert_same_parameters(checkpoint(cwd / "runs" / "whole"), checkpoint(folder))
     for name in ("eval.csv", "table.csv"):
@@ -74,7 +75,8 @@ def test_a_run_made_longer_ends_where_the_longer_one_ends(finished):
 def test_evaluate_prints_a_row_a_task_and_the_same_success_as_the_run(finished):
     """A task that the base was not cloned on is named, neither dropped nor counted."""
     cwd, whole = finished
-    result = script("evaluate.py", cwd, "runs/whole/last.pt", "--episodes", 1, "--run-name", "table")
+    flags = "runs/whole/last.pt --episodes 1 --run-name table".split()
+    result = here("evaluate.py", cwd, *flags, play=True)
     assert result.returncode == 0, result.stderr
     table = whole.stdout[whole.stdout.index("\n success") :]
     assert table in result.stdout

@@ -60,8 +60,9 @@ def log_density(actor, x, s, steps):
 @torch.no_grad()
 def compare_update(before, after, samples, ode_steps, generator):
     """Δℓ against the change of log π over one update. before, after: consecutive checkpoints. -> a row"""
-    i = torch.randperm(LATENTS, generator=generator)[:samples]
-    x, s = (after["buffer"][-1][key].flatten(0, 1)[i] for key in ("x", "s"))
+    x, s = (after["buffer"][-1][key].flatten(0, 1) for key in ("x", "s"))
+    i = torch.randperm(len(x), generator=generator)[:samples]
+    x, s = x[i], s[i]
     old, new = (FlowActor(s.shape[1], x.shape[1]) for _ in range(2))
     old.load_state_dict(before["actor"])
     new.load_state_dict(after["actor"])

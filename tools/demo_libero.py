@@ -54,6 +54,7 @@ WAIT = 12  # control steps above a place before the hand goes down
 BRIEF = 38  # control steps of a brief demonstration: two decisions of 16, begun up to five steps late
 # Where a hand that points ahead (0) or back (1) cannot grip: it points down
 UPRIGHT = {("libero_goal", 5): 0, ("libero_goal", 7): 0, ("libero_spatial", 5): 1, ("libero_spatial", 6): 1}
+HELD = 0.9  # the most of its miss that the hand has in a demonstration of what follows the grasp
 APART = 0.052  # m from the middle of a place that two objects share
 
 
@@ -61,9 +62,9 @@ class Demonstrator:
     """The script of one episode, a generator of actions: `next(demonstrator.actions)` looks and acts."""
 
     def __init__(self, simulator, aim=None):
-        """aim: how much too short it reaches first (m), how far the hand then points back (rad), and how many
+        """aim: how much too short it reaches first (m), how far the hand then points back (rad), how many
         metres farther it reaches for each that the hand starts too high, as far as the right place or just
-        as far to this side; None: it reaches rightly."""
+        as far to this side, and the share of all that by which it really misses; None: it reaches rightly."""
         self.sim, self.env, self.data = simulator, simulator.env, simulator.data
         self.aim, self.miss = aim, np.zeros(3)  # miss: from where its grasp should be to where it is (m)
         self.usual = simulator.remembered[4]  # where the hand starts but for the arm's noise
@@ -239,13 +240,13 @@ class Demonstrator:
             return
         ahead = self.turned[:, 1] * [1, 1, 0] / np.linalg.norm(self.turned[:2, 1])
         ahead *= np.sign(ahead @ [1, 0.3, 0])
-        short, tilt, wrong = self.aim
+        short, tilt, wrong, share = self.aim
         farther = np.clip(wrong * (self.hand - self.usual)[2], -short, short)  # twice as short, to right
         angle = (tilt + POINTS * farther) * np.sign(ahead @ self.turned[:, 1])
         x, y, z = self.turned.T
         z = np.cos(angle) * z - np.sin(angle) * y
         self.turned = np.stack([x, np.cross(z, x), z], 1)
-        self.aim, self.miss = None, (farther - short) * ahead
+        self.aim, self.miss = None, share * (farther - short) * ahead
         for _ in range(steps):
             left = self._seen(target) - self.hand
             action = self._move(self.hand, gripper)
@@ -546,6 +547,7 @@ class Args:
     task_ids: str = "all"  # tasks of the suite: numbers with commas, or all
     num_demos: int = 800  # number of demonstrations a task
     num_brief: int = 0  # and of such as end after the first two decisions, without pushes
+    num_held: int = 0  # and of such as miss less, of which only what follows the grasp counts
     seed: int = 0  # of placements, behaviours and noise
     short: tuple[float, float] | None = None  # cm its reach falls short, ahead and back; if left out found
     push: float = 0.6  # largest amplitude of the pushes on executed commands; 1 is full speed
@@ -596,7 +598,7 @@ def edges(workers, args, suite):
         share = likely.cumsum(1) / likely.sum(1, keepdims=True)
         median = shorts[(share < 0.5).sum(1)]
         if i < ROUNDS:
-            aims = [(s, tilt_of(args, k, j % 2), 0.0) for j, (k, s) in enumerate(zip(tasks, median))]
+            aims = [(s, tilt_of(args, k, j % 2), 0.0, 1.0) for j, (k, s) in enumerate(zip(tasks, median))]
             starts, seeds = [suite.draw_start(rng) for _ in tasks], [[2, args.seed, i]] * n
             same = [suite.limit] * n, [20] * n, [0.0] * n, [False] * n
             results = workers.map(demonstrate, tasks, starts, aims, seeds, *same)
@@ -607,9 +609,11 @@ def edges(workers, args, suite):
 
 def make_demos(args, suite):
     """Demonstrations of several tasks, every start with both behaviours. -> dict of arrays, all steps one
-    after the other: observations (N, S), actions (N, 7), pushed (N,), and per episode: length, task_id,
-    success, behaviour (0 ahead, 1 back), whole; and films of the first two, [(task, frames (T, F))]."""
-    tasks, starts, aims, seeds, whole = [], [], [], [], []
+    after the other: observations (N, S), actions (N, 7), pushed (N,), of held ones all before the grasp too;
+    and per episode: length, task_id, success, behaviour (0 ahead, 1 back), whole; and films of the first two,
+    [(task, frames (T, F))]."""
+    tasks, starts, aims, seeds, kinds = [], [], [], [], []
+    every = np.repeat(["whole", "brief", "held"], [args.num_demos, args.num_brief, args.num_held])
     with Workers(suite.build, suite.tasks, args.workers, timeout=3600) as workers:
         if args.short:
             short = dict.fromkeys(suite.tasks, [x / 100 for x in args.short])
@@ -619,30 +623,35 @@ def make_demos(args, suite):
             print("falls short by (cm):", {k: [round(100 * x, 2) for x in pair] for k, pair in short.items()})
         for k in suite.tasks:
             rng = np.random.default_rng([2, args.seed, k, 0])  # 2: demonstrations; 1 is training
-            for i in range(args.num_demos + args.num_brief):
+            for i, kind in enumerate(every):
                 if i % 2 == 0:
                     start = suite.draw_start(rng)
                 tasks.append(k)
                 starts.append(start)
-                whole.append(i < args.num_demos)
-                aims.append((short[k][i % 2], tilt_of(args, k, i % 2), (WRONG, -WRONG)[i % 2]))
+                kinds.append(kind)
+                share = rng.uniform(0, HELD) if kind == "held" else 1.0
+                aims.append((short[k][i % 2], tilt_of(args, k, i % 2), (WRONG, -WRONG)[i % 2], share))
                 seeds.append([2, args.seed, k, i + 1])
-        n, limits = len(tasks), [suite.limit if w else BRIEF for w in whole]
+        n, limits = len(tasks), [BRIEF if kind == "brief" else suite.limit for kind in kinds]
         films = [args.video is not None and i < 2 for i in range(n)]
-        jobs = tasks, starts, aims, seeds, limits, [20] * n, [args.push * w for w in whole], films
+        disturbed = [args.push * (kind != "brief") for kind in kinds]
+        jobs = tasks, starts, aims, seeds, limits, [20] * n, disturbed, films
         results = workers.map(demonstrate, *jobs, description="demonstrations")
-    kept = [i for i, result in enumerate(results) if result]
+    kept, whole = [i for i, result in enumerate(results) if result], np.array(kinds) == "whole"
+    for i in kept:
+        if kinds[i] == "held":
+            results[i]["pushed"][: np.argmax(results[i]["actions"][:, 6] > 0)] = True
     columns = {name: [results[i][name] for i in kept] for name in results[kept[0]]}
     demos = {name: np.concatenate(columns[name]) for name in ("observations", "actions", "pushed")}
     demos.update(length=np.array([len(a) for a in columns["actions"]]), success=np.array(columns["success"]))
-    demos.update(task_id=np.array(tasks)[kept], whole=np.array(whole)[kept], behaviour=np.array(kept) % 2)
+    demos.update(task_id=np.array(tasks)[kept], whole=whole[kept], behaviour=np.array(kept) % 2)
     return demos, [(tasks[i], results[i]["frames"]) for i in kept[: 2 if args.video else 0]]
 
 
 def run(args):
     """Make the demonstrations of `args`, print their success and write them to args.out (and args.video)."""
     shared.check_limits(args, "num_demos workers", 1)
-    shared.check_limits(args, "num_brief", 0)
+    shared.check_limits(args, "num_brief num_held", 0)
     shared.check_limits(args, "table_states", 1, libero.OFFICIAL_STATES)
     shared.check_limits(args, "seed", 0)
     shared.check_limits(args, "push", 0, 1)
