@@ -64,16 +64,18 @@ def test_cloning_makes_a_base_that_loads(demonstrations):
 @pytest.mark.slow
 def test_each_reach_works_for_a_part_of_the_starts_and_its_clone(tmp_path):
     """Short and far reaches are shown from every start; hardly ever both fail, and neither always works."""
-    flags = "--task-ids 56 --num-demos 16 --num-brief 4 --push 0 --short 4.1 4.2 --video demos.mp4"
-    result = tool("demo_libero", tmp_path, *flags.split(), "--out", "demos.npz")
+    flags = "--task-ids 56 --num-demos 16 --num-brief 4 --num-held 2 --push 0 --short 4.1 4.2"
+    result = tool("demo_libero", tmp_path, *flags.split(), *"--video demos.mp4 --out demos.npz".split())
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "demos.mp4").stat().st_size > 10_000
     with np.load(tmp_path / "demos.npz", allow_pickle=False) as file:
         names = "behaviour", "success", "length", "pushed", "actions", "observations", "whole"
         behaviour, success, length, pushed, actions, seen, whole = (file[name] for name in names)
-    assert length.sum() == len(actions) == len(pushed) and whole.sum() == 16 and (~whole).sum() == 4
-    cut = np.flatnonzero(~whole)  # by the limit, so that their last step is in no chunk
-    assert (length[cut] == 38).all() and set(np.cumsum(length)[cut] - 1) == set(np.flatnonzero(pushed))
+    assert length.sum() == len(actions) == len(pushed) and list(whole) == 16 * [True] + 6 * [False]
+    marked, closed = (np.split(x, np.cumsum(length)[:-1]) for x in (pushed, actions[:, 6] > 0))
+    for k in range(22):  # whole, brief, of which the last step is in no chunk, and held, which begin closing
+        expected = closed[k].cumsum() == 0 if k >= 20 else np.arange(length[k]) == (37 if k >= 16 else -1)
+        assert (marked[k] == expected).all() and (length[k] == 38 or not 16 <= k < 20)
     assert set(behaviour) == {0, 1} and (behaviour[::2] != behaviour[1::2]).all()
     first = np.cumsum(length) - length
     assert (seen[first[::2]] == seen[first[1::2]]).all()

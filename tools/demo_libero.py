@@ -443,6 +443,8 @@ class Demonstrator:
         if into is not None:
             yield from self._enter(thing, place, into[0])
             return
+        if narrow is None and not looks:  # down again both behaviours place alike, with the arm bent
+            self._turn_to(self.hand_rotation[:, 0])
         low = min(carry, place[2] + 0.16 + carry_above)
         level = np.array([1, 1, 0])  # the hand keeps so far from the object as it holds it
         apart, ways = np.linalg.norm(self.hand - thing), []
