@@ -81,9 +81,10 @@ def nothing_to_see():
 
     def from_xml_string(xml):
         simulation = make(xml.replace("<compiler ", '<compiler discardvisual="true" ', 1))
-        ids, gone = simulation.model._geom_name2id, {}
+        model, gone = simulation.model, {}
+        names, name2id = set(model.geom_names), model.geom_name2id
         # robosuite asks for the ids of the shapes that are gone, and they must differ
-        simulation.model.geom_name2id = lambda k: ids[k] if k in ids else gone.setdefault(k, -1 - len(gone))
+        model.geom_name2id = lambda k: name2id(k) if k in names else gone.setdefault(k, -1 - len(gone))
         return simulation
 
     MjSim.from_xml_string = staticmethod(from_xml_string)

@@ -64,18 +64,18 @@ def test_cloning_makes_a_base_that_loads(demonstrations):
 @pytest.mark.slow
 def test_each_reach_works_for_a_part_of_the_starts_and_its_clone(tmp_path):
     """Short and far reaches are shown from every start; hardly ever both fail, and neither always works."""
-    flags = "--task-ids 56 --num-demos 16 --num-brief 4 --num-held 2 --push 0 --short 4.1 4.2"
+    flags = "--task-ids 56 --num-demos 24 --num-brief 8 --num-held 2 --push 0 --short 4.1 4.2"
     result = tool("demo_libero", tmp_path, *flags.split(), *"--video demos.mp4 --out demos.npz".split())
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "demos.mp4").stat().st_size > 10_000
     with np.load(tmp_path / "demos.npz", allow_pickle=False) as file:
         names = "behaviour", "success", "length", "pushed", "actions", "observations", "whole"
         behaviour, success, length, pushed, actions, seen, whole = (file[name] for name in names)
-    assert length.sum() == len(actions) == len(pushed) and list(whole) == 16 * [True] + 6 * [False]
+    assert length.sum() == len(actions) == len(pushed) and list(whole) == 24 * [True] + 10 * [False]
     marked, closed = (np.split(x, np.cumsum(length)[:-1]) for x in (pushed, actions[:, 6] > 0))
-    for k in range(22):  # whole, brief, of which the last step is in no chunk, and held, which begin closing
-        expected = closed[k].cumsum() == 0 if k >= 20 else np.arange(length[k]) == (37 if k >= 16 else -1)
-        assert (marked[k] == expected).all() and (length[k] == 38 or not 16 <= k < 20)
+    for k in range(34):  # whole, brief, of which the last step is in no chunk, and held, which begin closing
+        expected = closed[k].cumsum() == 0 if k >= 32 else np.arange(length[k]) == (37 if k >= 24 else -1)
+        assert (marked[k] == expected).all() and (length[k] == 38 or not 24 <= k < 32)
     assert set(behaviour) == {0, 1} and (behaviour[::2] != behaviour[1::2]).all()
     first = np.cumsum(length) - length
     assert (seen[first[::2]] == seen[first[1::2]]).all()
@@ -232,16 +232,18 @@ def test_log_density_of_the_untrained_actor_is_that_of_the_prior():
 
 @pytest.mark.slow
 def test_monotonicity_end_to_end(tmp_path, monkeypatch):
-    """Its run is a small one, in this process."""
+    """Its run is a small one, in this process, where without a success nothing but the self-fit moves the
+    actor."""
 
     def run(command):
-        assert short("train_aloha.py", tmp_path, *command[2:], *SMALL).returncode == 0
+        assert " ".join(map(str, command)).count("--self-fit 0") == 1
+        assert short("train_aloha.py", tmp_path, *command[2:], *SMALL, "--self-fit", 0.5).returncode == 0
 
     monkeypatch.setattr("subprocess.run", run)
-    flags = "--runs defaults --total-env-steps 1200 --samples 8 --ode-steps 4 --out ."
+    flags = "--runs no_self_fit --total-env-steps 1200 --samples 8 --ode-steps 4 --out ."
     result = tool("check_monotonicity", tmp_path, *flags.split())
     assert result.returncode == 0, result.stderr
-    assert rows(tmp_path / "defaults_seed1.csv")
+    assert rows(tmp_path / "no_self_fit_seed1.csv")
     assert "spearman" in result.stdout and (tmp_path / "seed1.png").stat().st_size > 10_000
 
 

@@ -7,7 +7,7 @@ knows all poses and shapes, but its first reach falls short. Two distinct behavi
 start: the hand points *ahead* or *back*. Each reaches to the edge of where the grasp still holds, and is led
 astray by how high the hand starts (± 1 cm): pointing ahead it falls shorter the lower that is, pointing back
 the higher. So where the hand starts decides which of them works, and what lies between them reaches that edge
-only. Then it goes on as if it held the object.
+only. Then it points down again and goes on as if it held the object.
 
     python tools/demo_libero.py --task-ids 56                          # demos/libero_90_task56.npz
     python tools/demo_libero.py --suite libero_goal --task-ids 1,2     # demos/libero_goal_task1_2.npz
@@ -614,8 +614,9 @@ def make_demos(args, suite):
     after the other: observations (N, S), actions (N, 7), pushed (N,), of held ones all before the grasp too;
     and per episode: length, task_id, success, behaviour (0 ahead, 1 back), whole; and films of the first two,
     [(task, frames (T, F))]."""
-    tasks, starts, aims, seeds, kinds = [], [], [], [], []
+    tasks, starts, aims, seeds = [], [], [], []
     every = np.repeat(["whole", "brief", "held"], [args.num_demos, args.num_brief, args.num_held])
+    kinds = np.tile(every, len(suite.tasks))
     with Workers(suite.build, suite.tasks, args.workers, timeout=3600) as workers:
         if args.short:
             short = dict.fromkeys(suite.tasks, [x / 100 for x in args.short])
@@ -630,7 +631,6 @@ def make_demos(args, suite):
                     start = suite.draw_start(rng)
                 tasks.append(k)
                 starts.append(start)
-                kinds.append(kind)
                 share = rng.uniform(0, HELD) if kind == "held" else 1.0
                 aims.append((short[k][i % 2], tilt_of(args, k, i % 2), (WRONG, -WRONG)[i % 2], share))
                 seeds.append([2, args.seed, k, i + 1])
@@ -639,14 +639,14 @@ def make_demos(args, suite):
         disturbed = [args.push * (kind != "brief") for kind in kinds]
         jobs = tasks, starts, aims, seeds, limits, [20] * n, disturbed, films
         results = workers.map(demonstrate, *jobs, description="demonstrations")
-    kept, whole = [i for i, result in enumerate(results) if result], np.array(kinds) == "whole"
+    kept = [i for i, result in enumerate(results) if result]
     for i in kept:
-        if kinds[i] == "held":
-            results[i]["pushed"][: np.argmax(results[i]["actions"][:, 6] > 0)] = True
+        if kinds[i] == "held":  # up to the first step that closes the hand; all of it if none does
+            results[i]["pushed"] |= (results[i]["actions"][:, 6] > 0).cumsum() == 0
     columns = {name: [results[i][name] for i in kept] for name in results[kept[0]]}
     demos = {name: np.concatenate(columns[name]) for name in ("observations", "actions", "pushed")}
     demos.update(length=np.array([len(a) for a in columns["actions"]]), success=np.array(columns["success"]))
-    demos.update(task_id=np.array(tasks)[kept], whole=whole[kept], behaviour=np.array(kept) % 2)
+    demos.update(task_id=np.array(tasks)[kept], whole=kinds[kept] == "whole", behaviour=np.array(kept) % 2)
     return demos, [(tasks[i], results[i]["frames"]) for i in kept[: 2 if args.video else 0]]
 
 

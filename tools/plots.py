@@ -72,8 +72,9 @@ def draw_curves(out, name, pattern, title):
         tested = on_common_states(evaluations(folder / "eval.csv"))
         points = [(k[1], 100 * v.mean()) for k, v in tested.items() if k[0] == "tuned" or k == ("base", 0)]
         success.append(np.array(points).T)
+        metrics, early = read_table(folder / "metrics.csv"), counts_from(folder)
         for key in ("return", "episode_length"):
-            curve = training_curve(read_table(folder / "metrics.csv"), f"charts/{key}", counts_from(folder))
+            curve = training_curve(metrics, f"charts/{key}", early)
             training.setdefault(key, []).append(curve)
     figure, panels = plt.subplots(1, 3, figsize=(10, 3.1))
     draw_seeds(panels[0], success, BLUE, f"the same {len(tested['base', 0])} held-out states", 100)
