@@ -79,13 +79,13 @@ class FlowActor(nn.Module):
     def sample(self, s, flow_steps, generator=None, noise=None):
         """Sample latent chunks x ~ π_θ(· | s). s: (B, S) -> x: (B, D). Algorithm 1, lines 7 and 18.
 
-        noise: (B, D) from N(0, I), drawn here if left out.
+        noise: (B, D), where the flow starts; drawn from N(0, I) if left out.
 
         With tan α = u / (1 - u) and g = √((1-u)² + u²), the linear part c(u) x of the field only scales x by
         g, and dx/du = v_θ becomes d(x/g)/dα = g net, from α = 0 to π/2. Each of a few equal steps in α takes
         the net at its middle, reached with the slope of the step before. Any N(m, I) comes out exactly. Four
-        Euler steps of v_θ would shrink N(0, I) to 0.72 of it, and those of the net alone shift m by 16 % too
-        much; an actor that learns from its own samples repeats such an error until it diverges.
+        Euler steps of v_θ would shrink N(0, I) to 0.72 of it; an actor that learns from its own samples
+        repeats such an error until it diverges.
         """
         y, step, slope = noise, math.pi / 2 / flow_steps, 0.0  # y = x / g, g = 1 at both ends
         if y is None:

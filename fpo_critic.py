@@ -2,7 +2,8 @@
 
 Implements: Eq. 5 (TD target with the minimum over the target critics; the clamp and n decisions are ours),
 Eq. 6 (squared TD error), the Polyak update, the draw of states and the advantages of fresh latents among
-themselves, the conservative value baseline V(s) and generalized advantage estimation (GAE). Needs torch only.
+themselves; for executed latents a conservative V(s) and generalized advantage estimation (GAE). Needs torch
+only.
 
     import torch; from fpo_critic import QEnsemble, critic_loss, polyak_update, td_target
     critic, target = QEnsemble(21, 24, num_critics=5), QEnsemble(21, 24, num_critics=5)
@@ -151,22 +152,13 @@ def latent_advantage(critic, s, x_fresh, floor=0.05):
 def draw_states(critic, s, pair, num, generator=None):
     """Draw states in proportion to |Q(s, x̃_1) - Q(s, x̃_2)|: those at which the choice of a latent decides.
 
-    s: (B, S), pair: (B, 2, D), two fresh latents each -> num different rows of s, num <= B. Q is the mean of
-    the ensemble. One after the other, without replacement: none comes over B/num times as often as evenly.
+    s: (B, S), pair: (B, 2, D), two fresh latents each -> the numbers of num different rows, num <= B. Q is
+    the mean of the ensemble. Without replacement: no row is over-sampled by more than B/num.
     So a state counts by how far its latents differ in Q, which `latent_advantage` divides out.
     """
     apart = q_of_latents(critic, s, pair).mean(0).diff(dim=1).abs().squeeze(1)
     apart = apart.nan_to_num(0.0, 0.0)  # a Q that has overflowed is for the caller to notice
     return torch.multinomial(apart + 1e-6, num, generator=generator)
-
-
-@torch.no_grad()
-def stored_value(critic, s, x):
-    """V(s) = min_i Q_φi(s, x) of the executed latent: the paper's "reuse stored latents" to the letter.
-
-    s: (B, S), x: (B, D) -> (B,).
-    """
-    return critic(s, x).min(0).values
 
 
 def gae(r, v, v_next, discount, terminated, ended, gae_lambda):

@@ -20,9 +20,10 @@ import torch
 def ratio_from_cfm(delta, beta, sigma_floor):
     """Eq. 3: z = (Δ - μ) / σ, ρ = exp(β z). delta: (B,) -> ρ (B,) and σ ().
 
-    Read literally, "stop gradients through ρ" leaves no gradient at all. μ and σ are detached, ρ is not.
-    At θ = θ_old Δ is 0, up to rounding, and z is 0/0, so σ is at least sigma_floor. With 2β/D the slope under
-    the floor is that of ρ = exp(½ Δ), Δ summed over the D dimensions of x: about that of two Gaussians.
+    Read literally, "stop gradients through ρ" leaves no gradient at all: here they stop at μ and σ only.
+    At θ = θ_old Δ is 0, up to rounding, and z is 0/0, so σ is at least sigma_floor. At a floor of 2β/D
+    ρ is exp(½ D (Δ - μ)), and D Δ, summed over the dimensions of x, is about twice the log ratio of two
+    unit Gaussians.
     """
     mu, sigma = delta.detach().mean(), delta.detach().std(correction=0).clamp_min(sigma_floor)
     return torch.exp(beta * (delta - mu) / sigma), sigma
@@ -31,8 +32,8 @@ def ratio_from_cfm(delta, beta, sigma_floor):
 def fpo_loss(cfm, cfm_init, adv, beta, clip_eps, sigma_floor):
     """Eq. 4 with Eq. 2 and Eq. 3. cfm, cfm_init, adv: (B,) -> the scalar loss and a dict of logs.
 
-    cfm: ℓ_cfm(x | s; θ), with gradient. cfm_init: the same draws under θ_old. adv: advantages, as they shall
-    count. beta, sigma_floor: of Eq. 3, see ratio_from_cfm. clip_eps: ε of Eq. 4; math.inf leaves the clip
+    cfm: ℓ_cfm(x | s; θ), with gradient. cfm_init: the same draws under θ_old. adv: advantages, used as
+    they are. beta, sigma_floor: of Eq. 3, see ratio_from_cfm. clip_eps: ε of Eq. 4; math.inf leaves the clip
     out. info["slope"] is β/σ, the factor that Eq. 3 puts before ∇ℓ: multiply by it what is added to the loss
     and shall count like an advantage. Raises ValueError where cfm, cfm_init and adv differ in shape.
     """
@@ -44,13 +45,14 @@ def fpo_loss(cfm, cfm_init, adv, beta, clip_eps, sigma_floor):
     delta = cfm_init - cfm  # Eq. 2: positive where the actor now fits the sample better
     rho, sigma = ratio_from_cfm(delta, beta, sigma_floor)  # Eq. 3
     surrogate = torch.min(rho * adv, rho.clamp(1 - clip_eps, 1 + clip_eps) * adv)  # Eq. 4
+    loss = -surrogate.mean()
     with torch.no_grad():
         outside = ((adv > 0) & (rho > 1 + clip_eps)) | ((adv < 0) & (rho < 1 - clip_eps))
         info = dict(
             slope=beta / sigma,
-            surrogate=-surrogate.mean(),
+            surrogate=loss.detach(),
             clip_fraction=outside.float().mean(),
             floor_share=(sigma <= sigma_floor).float(),  # 1: z is divided by the floor, 0: by σ
             cfm_loss=cfm.mean(),
         )
-    return -surrogate.mean(), info
+    return loss, info

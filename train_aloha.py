@@ -50,8 +50,8 @@ class Args:
     td_decisions: int = 10  # n, decisions whose rewards Eq. 5 adds up before it bootstraps; the paper's 1
     fresh_latents: int = 8  # latents per state the actor learns from, valued by critics; 0: executed, by GAE
     actor_states: int = 1600  # states of the window, per iteration, whose fresh latents the actor learns from
-    actor_choice: int = 4  # candidates for each of these, drawn to where the latent decides; 1: no choice
-    noise_scale: float = 0.7  # how much of its noise the actor acts with; it learns with all; the paper's 1
+    actor_choice: int = 4  # candidates a state, drawn by how much the latent matters there; 1: no choice
+    noise_scale: float = 0.7  # c, of the flow's noise when the actor acts; it learns with 1, the paper's
     actor_lr: float = 1e-3  # learning rate of θ (Adam)
     anneal_lr: bool = True  # let the actor's learning rate fall linearly to 0 over the run
     critic_lr: float = 3e-3  # learning rate of φ (Adam)
@@ -62,7 +62,7 @@ class Args:
     num_critics: int = 5  # M, members of the ensemble
     clamp_target: bool = True  # keep the target of Eq. 5 within [0, 1], where the return lies
     shuffle_advantages: bool = False  # permute the advantages: a control that must not learn
-    literal: bool = False  # self-fit, fresh-latents 0, td-decisions, noise-scale 1, no clamp, σ floor 1e-8
+    literal: bool = False  # self-fit 0, fresh-latents 0, td-decisions 1, noise-scale 1, no target clamp, …
     base: str = "weights/aloha.safetensors"  # frozen policy: a file, or a π_0's folder or hub name
     pi0: Pi0Options = field(default_factory=Pi0Options)
     eval_every: int = 150_000  # control steps between evaluations
@@ -87,7 +87,7 @@ if __name__ == "__main__":
     from fpo_actor import FlowActor, draw_flow_noise
     from fpo_buffer import TrajectoryBuffer
     from fpo_critic import QEnsemble, critic_loss, draw_states, n_step, polyak_update, td_target
-    from fpo_critic import fresh_value, gae, latent_advantage, stored_value
+    from fpo_critic import fresh_value, gae, latent_advantage
     from fpo_loss import fpo_loss
     from support import ranks
     from support.logs import RunLogs, check_finite, mean, steps_bar
@@ -104,7 +104,7 @@ if __name__ == "__main__":
     args.device = device.type  # a resumed run stays there: the other device has other random numbers
     args.num_envs = args.num_envs or math.ceil(base.num_envs / len(tasks)) * len(tasks) * ranks.WORLD
     S, D, E, T = base.state_dim, base.latent_dim, args.num_envs, args.rollout_decisions
-    c = args.noise_scale  # the actor learns its law with noise N(0, I) and acts with N(0, c² I)
+    c = args.noise_scale  # x executed and x' come from noise N(0, c² I), x to learn from N(0, I)
     own = ranks.share(E, len(tasks))  # the m environments that this process plays; it learns from all E
     sigma_floor = 1e-8 if args.literal else 2 * args.beta / D
     torch.manual_seed(args.seed)
@@ -196,19 +196,19 @@ if __name__ == "__main__":
             buffer.push(batch)  # line 11, without a_t, which no equation reads
             rollout_seconds, clock = time.perf_counter() - clock, time.perf_counter()
 
-            # ---- update phase (lines 13-28): all critic steps, then the advantages, then the actor ----
+            # ---- update phase (lines 13-28, reordered): all critic steps, the advantages, the actor ----
             torch.set_num_threads(min(ranks.CPUS, 4))
             w = {k: buffer.flat(k) for k in batch}  # the window, (W T E, …)
             size, critic_losses, infos = len(w["r"]), [], []
-            # lines 17-18: x' ~ π_θ(· | s'), (W T E, D), once for all critic steps, in which θ rests
+            # lines 17-18: x' as in the rollout, (W T E, D), once for all critic steps, in which θ rests
             w["x_next"] = actor.sample(w["s_next"], FLOW_STEPS, noise=c * torch.randn(size, D, **draw))
             within = (0, 1) if args.clamp_target else None  # the return lies there: one reward of at most 1
-            # n decisions at once, uncorrected: a reward at an episode's end soon reaches its first
-            r_n, discount_n, end = n_step(w["r"], w["discount"], w["ended"], E, args.td_decisions)
+            # n decisions at once, uncorrected: a reward at an episode's end soon reaches its start
+            r_n, discount_n, end_row = n_step(w["r"], w["discount"], w["ended"], E, args.td_decisions)
             for _ in range(args.critic_steps):
                 i = torch.randint(size, (CRITIC_BATCH,), **draw)  # line 15
-                of_end = (w[k][end[i]] for k in ("terminated", "s_next", "x_next"))
-                y = td_target(target, r_n[i], discount_n[i], *of_end, within)  # line 19, Eq. 5
+                at_end = (w[k][end_row[i]] for k in ("terminated", "s_next", "x_next"))
+                y = td_target(target, r_n[i], discount_n[i], *at_end, within)  # line 19, Eq. 5
                 loss = critic_loss(critic, w["s"][i], w["x"][i], y)  # line 20, Eq. 6
                 critic_adam.zero_grad()
                 loss.backward()
@@ -234,13 +234,13 @@ if __name__ == "__main__":
                 w["value_next"] = fresh_value(critic, w["s_next"], x_s_next)
                 w["value"] = fresh_value(critic, w["s"], x_s)
                 if args.literal:  # Sec. III-B c: "reuse stored latents"
-                    w["value"] = stored_value(critic, w["s"], w["x"])
+                    w["value"] = critic(w["s"], w["x"]).min(0).values.detach()
                 columns = "r", "value", "value_next", "discount", "terminated", "ended"
                 r, value, value_next, *rest = (buffer.trajectories(w[k]) for k in columns)
                 # one V a state, so that δ telescopes, but for the last s' of an episode or iteration
                 value_next[:-1] = torch.where(rest[-1][:-1] > 0, value_next[:-1], value[1:])
                 adv = buffer.samples(gae(r, value, value_next, *rest, GAE_LAMBDA))
-                adv = (adv - adv.mean()) / (adv.std(correction=0) + 1e-4)  # the paper: in each minibatch
+                adv = (adv - adv.mean()) / (adv.std(correction=0) + 1e-4)  # the paper does it per minibatch
             if args.shuffle_advantages:
                 adv = adv[torch.randperm(len(adv), **draw)]
             adv = adv.clamp_min(-1)  # bounds un-fitting (not in the paper)
@@ -253,7 +253,7 @@ if __name__ == "__main__":
                 cfm = actor.cfm_loss(x_a[i], s_a[i], u[i], eps[i])  # line 23: ℓ_cfm(x | s; θ), (b,)
                 # lines 23-25 and 27, Eq. 2-4
                 loss, info = fpo_loss(cfm, cfm_init[i], adv[i], args.beta, args.clip_eps, sigma_floor)
-                # as if κ were added to every A; without it the field drifts from what the actor samples
+                # at ρ = 1 as if κ were added to A; without it the field drifts from what the actor samples
                 loss = loss + args.self_fit * info.pop("slope") * cfm.mean()
                 actor_adam.zero_grad()
                 loss.backward()

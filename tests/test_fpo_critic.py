@@ -15,7 +15,6 @@ from fpo_critic import (
     latent_advantage,
     n_step,
     polyak_update,
-    stored_value,
     td_target,
 )
 
@@ -112,7 +111,6 @@ def test_value_baselines():
         [torch.stack([q(s[b : b + 1], x[b, j : j + 1]).min() for j in range(5)]).mean() for b in range(6)]
     )
     torch.testing.assert_close(fresh_value(q, s, x), expected)
-    torch.testing.assert_close(stored_value(q, s, x[:, 0]), q(s, x[:, 0]).min(0).values)
 
 
 def brute_force_gae(r, v, v_next, discount, terminated, ended, gae_lambda):

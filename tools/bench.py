@@ -1,16 +1,20 @@
 """Speed of every part on this machine, in one go; let nothing else run.
 
-    python tools/bench.py aloha                       # raw physics, our loop, environments, base, update
+    python tools/bench.py aloha                       # raw physics, our loop, environments, base; a run
     python tools/bench.py libero --suite libero_goal  # butter/tray if left out; all ten tasks in every worker
     python tools/bench.py pi0                         # full size, random weights; or --policy folder
 
 Raw physics is mj_step alone with known motor commands, which our loop computes itself on the same way: the
-ratio is the price of controller, success and observation. The update has the sizes of train_aloha.py's
-defaults. A chunk of π_0 costs one encode (PaliGemma over images and words) and one decode (ten steps of the
-action expert from its cache); the naive form passes the prefix twice, one environment at a time.
+ratio is the price of controller, success and observation. The update's share of an iteration is that in half
+of a run with the default flags, minutes. A chunk of π_0 costs one encode (PaliGemma over images and words)
+and one decode (ten steps of the action expert from its cache); the naive form passes the prefix twice, one
+environment at a time.
 """
 
-import copy
+import csv
+import subprocess
+import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -21,12 +25,11 @@ import shared  # first: it makes the folder above known
 import numpy as np
 import tyro
 
-import train_aloha as fpo
 from envs import load_suite
 from envs.physics import mujoco
 from envs.episodes import TrainingEnvs
 from envs.workers import Workers
-from support.ranks import CPUS, SIMULATORS
+from support.ranks import SIMULATORS
 from support.flags import parse_args, stop
 
 if __name__ == "__main__":  # simulator processes do without torch
@@ -34,10 +37,9 @@ if __name__ == "__main__":  # simulator processes do without torch
     from torch.utils.flop_counter import FlopCounterMode
 
     from base.flow import FlowBase
-    from fpo_actor import FlowActor, draw_flow_noise
-    from fpo_critic import QEnsemble, critic_loss, draw_states, latent_advantage, n_step
-    from fpo_critic import polyak_update, td_target
-    from fpo_loss import fpo_loss
+    from fpo_actor import FlowActor
+
+FLOW_STEPS = 4  # of the actor, as in the train scripts
 
 
 @dataclass
@@ -64,47 +66,23 @@ def seconds(function, repeat):
     return float(np.median(times[1:]))
 
 
-def print_update(base, rollout, args):
-    """The share of an iteration that an update takes. rollout: seconds of the rest."""
-    S, D, device, flags = base.state_dim, base.latent_dim, base.device, fpo.Args()
-    n = flags.window * flags.rollout_decisions * args.num_envs
-    actor, critic = FlowActor(S, D).to(device), QEnsemble(S, D, flags.num_critics).to(device)
-    adams = (torch.optim.Adam(network.parameters(), fused=True) for network in (actor, critic))
-    actor_adam, critic_adam = adams
-    target, r = copy.deepcopy(critic), torch.zeros(n, device=device)
-    s, x = torch.randn(n, S, device=device), torch.randn(n, D, device=device)
-
-    def descend(adam, loss):
-        adam.zero_grad()
-        loss.backward()
-        adam.step()
-
-    def update():
-        x_next = actor.sample(s, fpo.FLOW_STEPS)
-        R, G, end = n_step(r, r, r, args.num_envs, flags.td_decisions)
-        for _ in range(flags.critic_steps):
-            i = torch.randint(n, (fpo.CRITIC_BATCH,), device=device)
-            y = td_target(target, R[i], G[i], r[end[i]], s[end[i]], x_next[end[i]], (0, 1))
-            descend(critic_adam, critic_loss(critic, s[i], x[i], y))
-            polyak_update(target, critic, fpo.TAU)
-        states = s[torch.randint(n, (flags.actor_choice * flags.actor_states,), device=device)]
-        pair = actor.sample(states.repeat_interleave(2, 0), fpo.FLOW_STEPS).view(-1, 2, D)
-        states = states[draw_states(critic, states, pair, flags.actor_states)]
-        s_a = states.repeat_interleave(flags.fresh_latents, 0)
-        x_a = actor.sample(s_a, fpo.FLOW_STEPS)
-        adv = latent_advantage(critic, states, x_a.view(len(states), -1, D)).flatten()
-        u, eps = draw_flow_noise(len(x_a), fpo.NUM_DRAWS, D, device=device)
-        with torch.no_grad():
-            cfm_init = actor.cfm_loss(x_a, s_a, u, eps)
-        for i in torch.randperm(len(adv), device=device).split(fpo.MINIBATCH):
-            cfm = actor.cfm_loss(x_a[i], s_a[i], u[i], eps[i])
-            loss, info = fpo_loss(cfm, cfm_init[i], adv[i], flags.beta, flags.clip_eps, 2 * flags.beta / D)
-            descend(actor_adam, loss + flags.self_fit * info["slope"] * cfm.mean())
-
-    torch.set_num_threads(min(CPUS, 4))
-    spent = seconds(update, args.repeat)
-    share = spent / (rollout + spent)
-    print(f"rollout {rollout:.2f} s, update {spent:.2f} s; update / iteration {share:.3f}")
+def print_update(args, suite, base):
+    """Print the update's share of an iteration, in half of a run with the default flags."""
+    script = [sys.executable, shared.ROOT / f"train_{args.what}.py", "--base", base]
+    if args.what == "libero":
+        script += ["--suite", args.suite, "--task-ids", ",".join(map(str, suite.tasks))]
+    steps = 50_000 if len(suite.tasks) == 1 and args.what == "libero" else 150_000
+    flags = dict(total_env_steps=steps, eval_episodes=1, num_envs=args.num_envs, num_workers=args.num_workers)
+    script += [text for k, v in flags.items() for text in (f"--{k.replace('_', '-')}", v)]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [*map(str, script), "--run-name", "bench"]
+        subprocess.run(command, cwd=folder, check=True, capture_output=True)
+        with (Path(folder) / "runs/bench/metrics.csv").open() as file:
+            rows = list(csv.DictReader(file))
+    columns = "charts/rollout_seconds", "charts/update_seconds"
+    rollout, update = (np.mean([float(row[column]) for row in rows]) for column in columns)
+    share = update / (rollout + update)
+    print(f"rollout {rollout:.2f} s, update {update:.2f} s; update / iteration {share:.3f}")
 
 
 def lean_loops(args, suite, base):
@@ -144,8 +122,8 @@ def lean_loops(args, suite, base):
             print(f"  LIBERO's own environment {theirs:.1f} ms, {theirs / basis:.1f} times raw")
 
 
-def rollout_seconds(args, suite, base):
-    """Print the speed of environments in workers, and of the base. -> seconds of a rollout"""
+def rollout(args, suite, base):
+    """Print the speed of environments in workers, and of the base."""
     actor, times = FlowActor(base.state_dim, base.latent_dim).to(base.device), []
     torch.set_num_threads(1)
     with Workers(suite.build, suite.tasks, args.num_workers) as workers:
@@ -153,14 +131,13 @@ def rollout_seconds(args, suite, base):
         for _ in range(args.repeat + 1):
             start = time.perf_counter()
             s, context = base.encode(envs.observations)
-            actions = base.decode(context, actor.sample(s, fpo.FLOW_STEPS)).cpu().numpy()
+            actions = base.decode(context, actor.sample(s, FLOW_STEPS)).cpu().numpy()
             between = time.perf_counter()
             steps = envs.step(actions)["num_steps"].sum()
             times.append((between - start, time.perf_counter() - between, steps))
     decide, play, steps = np.median(times[1:], 0)  # the first one warms up
     print(f"{args.num_workers} workers: {steps / play:.0f} control steps/s")
     print(f"sample and decode: {1000 * decide:.1f} ms a decision of {args.num_envs} environments")
-    return fpo.Args().rollout_decisions * (decide + play)
 
 
 def make_pi0(policy, device):
@@ -189,7 +166,7 @@ def make_pi0(policy, device):
 
 
 def pi0_parts(args, base):
-    """Print the times of several batch sizes, beside the naive form and the card. -> seconds of a rollout"""
+    """Print the times of several batch sizes, beside the naive form and the card."""
     policy, config, device, cuda = base.policy, base.config, base.device, base.device.type == "cuda"
 
     def batch_of(n, words=48):  # of the instruction, padding included
@@ -230,7 +207,6 @@ def pi0_parts(args, base):
         compute = counter.get_total_flops() * n / encode / matrix
         memory = config.num_inference_steps * (weights + 3 * cache * n) / decode / copies
         print(f"batch {n}: encode {compute:.1%} of that matrix rate, decode {memory:.1%} of that bandwidth")
-    return fpo.Args().rollout_decisions * args.num_envs / max(times) * sum(times[max(times)])
 
 
 if __name__ == "__main__":
@@ -240,10 +216,11 @@ if __name__ == "__main__":
     if args.what == "pi0":
         base = make_pi0(args.policy, device)
         with torch.no_grad():
-            rollout = pi0_parts(args, base)
+            pi0_parts(args, base)
     else:
         suite = load_suite(args.suite if args.what == "libero" else "aloha", args.task_ids)
-        base = FlowBase.load(shared.ROOT / "weights" / f"{suite.name}.safetensors", device)
+        weights = shared.ROOT / "weights" / f"{suite.name}.safetensors"
+        base = FlowBase.load(weights, device)
         lean_loops(args, suite, base)
-        rollout = rollout_seconds(args, suite, base)
-    print_update(base, rollout, args)
+        rollout(args, suite, base)
+        print_update(args, suite, weights)
