@@ -60,7 +60,7 @@ def evaluate(policy, latents, base, workers, tasks, starts, limit, log=None, env
     from support import ranks
 
     episodes = [(task, number) for task in tasks for number in range(len(starts))]
-    n, mine = len(episodes), np.arange(ranks.RANK, len(episodes), ranks.WORLD)
+    n, mine = len(episodes), np.array_split(np.arange(len(episodes)), ranks.WORLD)[ranks.RANK]
     D, drawn, decisions = base.latent_dim, [], math.ceil(limit / base.chunk_steps)
     bar = progress_bar(decisions, desc=f"evaluate {policy}", leave=False)
 
@@ -86,7 +86,7 @@ def evaluate(policy, latents, base, workers, tasks, starts, limit, log=None, env
         result = play_episodes(workers, [task for task, _ in own], first, act, limit, record)
         result["drawn"] = [x[:k] for x, k in zip(np.stack(drawn, 1), result["decisions"])]
     bar.close()
-    result = ranks.joined(result, mine)
+    result = ranks.joined(result)
     result |= dict(task=np.array([task for task, _ in episodes]), episode=np.array([k for _, k in episodes]))
     if ranks.RANK == 0:
         tqdm.write(f"{env_steps:9,d} steps  {policy:12} {rate(int(result['success'].sum()), n)}")
@@ -117,9 +117,8 @@ def print_result(folder, names):
             for p, e in played.items()
         }
         if any(cells.values()):
-            print(
-                f"{task:>8}  " + "".join(f"{rate(sum(good), len(good)):26}" for good in cells.values()) + name
-            )
+            rates = "".join(f"{rate(sum(good), len(good)):26}" for good in cells.values())
+            print(f"{task:>8}  {rates}{name}")
         else:
             print(f"{task:>8}  {'not cloned':{26 * len(last)}}{name}")
         for policy, good in cells.items():
@@ -129,10 +128,8 @@ def print_result(folder, names):
     if "tuned" in played:
         same = [(played["base"][key], good) for key, good in played["tuned"].items()]
         fixed, broken, kept, failed = (same.count(pair) for pair in KINDS.values())
-        print(
-            f"of {len(same)} episodes the actor fixed {fixed}, broke {broken}, kept {kept}, left failed "
-            f"{failed}: {100 * (fixed - broken) / len(same):+.1f} points"
-        )
+        what = f"of {len(same)} episodes the actor fixed {fixed}, broke {broken}, kept {kept}"
+        print(f"{what}, left failed {failed}: {100 * (fixed - broken) / len(same):+.1f} points")
 
 
 def write_side_by_side(path, films, fps):
@@ -155,10 +152,8 @@ def check_ffmpeg():
     try:
         subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-version"], capture_output=True, check=True)
     except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
-        stop(
-            f"--video needs ffmpeg, which does not start ({error}); unset IMAGEIO_FFMPEG_EXE, or "
-            "pip install imageio[ffmpeg]"
-        )
+        what = f"--video needs ffmpeg, which does not start ({error})"
+        stop(f"{what}; unset IMAGEIO_FFMPEG_EXE, or pip install imageio[ffmpeg]")
 
 
 @dataclass
@@ -200,37 +195,28 @@ if __name__ == "__main__":
     check_device(args.device)
     for name in ("episodes", "num_workers"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
-            stop(
-                f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1, or be left out"
-            )
+            flag = f"--{name.replace('_', '-')} is {getattr(args, name)}"
+            stop(f"{flag}; it must be at least 1, or be left out")
     saved = load_checkpoint(args.what, "the checkpoint") if args.what.endswith(".pt") else None
     if saved and "hidden" not in saved:
         stop(f"the checkpoint {args.what} is of a baseline or an older version; give one of a train script")
     if args.video and saved is None:
-        stop(
-            "--video shows the base and a tuned actor side by side; give a checkpoint such as "
-            "runs/<name>/last.pt"
-        )
+        what = "--video shows the base and a tuned actor side by side"
+        stop(f"{what}; give a checkpoint such as runs/<name>/last.pt")
     if args.video:
         check_ffmpeg()
     if saved:
-        args.suite, args.task_ids, args.pi0 = (
-            saved["suite"] or "aloha",
-            saved["task_ids"],
-            Pi0Options(**saved["pi0"]),
-        )
+        args.suite, args.task_ids = saved["suite"] or "aloha", saved["task_ids"]
+        args.pi0 = Pi0Options(**saved["pi0"])
     elif args.base:
         stop(f"--base is {args.base}, but {args.what} is a base already; leave one of the two out")
     base_name = (args.base or saved["base"]) if saved else args.what
-    suite = load_suite(
-        args.suite, args.task_ids, pictures=args.video or not base_name.endswith(".safetensors")
-    )
+    pictures = args.video or not base_name.endswith(".safetensors")
+    suite = load_suite(args.suite, args.task_ids, pictures)
     episodes = args.episodes or suite.num_episodes
     if episodes > len(suite.starts):
-        stop(
-            f"--episodes is {episodes}; a task has {len(suite.starts)} initial states for evaluation, give "
-            "at most that"
-        )
+        most = f"a task has {len(suite.starts)} initial states for evaluation"
+        stop(f"--episodes is {episodes}; {most}, give at most that")
     torch.set_num_threads(1)
     device = ranks.connect(args.device)
     base = load_base(base_name, args.pi0, suite, device, steerable=False)
@@ -238,9 +224,8 @@ if __name__ == "__main__":
     actor, way = None, (None, None)  # way to act: flow steps, noise scale
     names = ["base", "zero latents"] if base.latent_dim else ["base"]
     if saved:
-        now = dict(
-            task=suite.name, base_sha256=base.sha256, latent_dim=base.latent_dim, chunk_steps=base.chunk_steps
-        )
+        now = dict(task=suite.name, base_sha256=base.sha256)
+        now |= dict(latent_dim=base.latent_dim, chunk_steps=base.chunk_steps)
         check_same(saved, now, args.what, "the checkpoint")
         actor = FlowActor(base.state_dim, base.latent_dim, saved["hidden"]).to(device)
         way = saved["flow_steps"], saved["noise_scale"]

@@ -55,9 +55,8 @@ class FlowBase(nn.Module):
         self.register_buffer("chunk_mean", torch.zeros(knots, self.action_dim))
         self.register_buffer("chunk_basis", torch.zeros(self.latent_dim, knots, self.action_dim))
         self.register_buffer("knot_weights", knot_weights(self.chunk_steps, knots), persistent=False)
-        self.register_buffer(
-            "frequencies", 2.0 ** torch.arange(8), persistent=False
-        )  # of the flow time's features
+        # of the flow time's features
+        self.register_buffer("frequencies", 2.0 ** torch.arange(8), persistent=False)
 
         self.input = nn.Linear(self.latent_dim + self.state_dim + 2 * len(self.frequencies), hidden)
         self.blocks = nn.ModuleList(
@@ -132,9 +131,7 @@ class FlowBase(nn.Module):
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is truncated or no base policy ({one_line(error)}): {fix}.") from None
         if task is not None and header["task"] != task:
-            raise ValueError(
-                f"{path} is a base for the task {header['task']!r}: give a path of one for {task!r}."
-            )
+            raise ValueError(f"{path} is a base for {header['task']!r}: give a path of one for {task!r}.")
         if not all(isinstance(header[k], int) and 0 < header[k] <= 4096 for k in SIZES):
             raise ValueError(f"{path} has absurd sizes in its header: {fix}.")
         with torch.device("meta"):  # shapes only: a wrong header must not allocate anything

@@ -25,10 +25,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-STEERABLE = (
-    "pi0",
-    "pi05",
-)  # SmolVLA has another prefix and cache; every other type has no noise of its own to choose
+# SmolVLA has another prefix and cache; every other type has no noise of its own to choose
+STEERABLE = ("pi0", "pi05")
 BATCH = 32  # observations that PaliGemma sees at once
 
 
@@ -39,24 +37,13 @@ class Pi0Base:
     free_dim = 0
 
     def __init__(
-        self,
-        policy,
-        preprocess,
-        postprocess,
-        env_preprocess,
-        cameras,
-        latent="dct",
-        latent_modes=4,
-        chunk_steps=None,
-        openpi_aloha=False,
+        self, policy, processors, cameras, latent="dct", latent_modes=4, chunk_steps=None, openpi_aloha=False
     ):
-        self.policy, self.config = policy, policy.config
-        self.preprocess, self.postprocess, self.env_preprocess = preprocess, postprocess, env_preprocess
-        self.openpi = None
-        if openpi_aloha:
-            from lerobot.policies.smolvla.modeling_smolvla import (
-                SmolVLAPolicy,
-            )  # has openpi's conventions for ALOHA
+        """processors: lerobot's of the policy's input, of its output, and of the environment's output."""
+        self.policy, self.config, self.openpi = policy, policy.config, None
+        self.preprocess, self.postprocess, self.env_preprocess = processors
+        if openpi_aloha:  # SmolVLA has openpi's conventions for ALOHA
+            from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 
             self.openpi = SmolVLAPolicy
         self.device = next(policy.parameters()).device
@@ -67,35 +54,29 @@ class Pi0Base:
         self.chunk_steps = chunk_steps or self.config.n_action_steps
         self.header = dict(task_ids=range(1000))  # language tells the task: none is left out
         # the cameras that both sides know; lerobot shows π_0 a blank picture in place of a missing one
-        renamed = next((step.rename_map for step in preprocess.steps if hasattr(step, "rename_map")), {})
+        renamed = next((step.rename_map for step in self.preprocess.steps if hasattr(step, "rename_map")), {})
         names = {renamed.get(f"observation.images.{c}", f"observation.images.{c}"): c for c in cameras}
         self.pictures = {
             names[k]: tuple(f.shape[1:]) for k, f in self.config.image_features.items() if k in names
         }
         if not self.pictures:
-            raise ValueError(
-                f"the policy wants the pictures {list(self.config.image_features)}, and the environment has "
-                f"{list(cameras)}."
-            )
+            wanted = f"the policy wants the pictures {list(self.config.image_features)}"
+            raise ValueError(f"{wanted}, and the environment has {list(cameras)}.")
         if not self.steerable:
             self.state_dim, self.latent_dim = 1, 0
             return
         self.noise_shape = (self.config.chunk_size, self.config.max_action_dim)  # (50, 32)
         if self.chunk_steps > self.config.chunk_size:
-            raise ValueError(
-                f"--pi0.chunk-steps is {self.chunk_steps}, and the policy's chunk has "
-                f"{self.config.chunk_size} steps: give at most that."
-            )
+            given = f"--pi0.chunk-steps is {self.chunk_steps}"
+            raise ValueError(f"{given}; the policy's chunk has {self.config.chunk_size}: give at most that.")
         width = policy.model.paligemma_with_expert.paligemma.config.text_config.hidden_size
         self.state_dim = width + self.config.input_features["observation.state"].shape[0]
         steps, actions = self.noise_shape
-        self.latent_dim = dict(dct=latent_modes * self.action_dim, full=steps * actions, repeat=actions)[
-            latent
-        ]
+        sizes = dict(dct=latent_modes * self.action_dim, full=steps * actions, repeat=actions)
+        self.latent_dim = sizes[latent]
         if latent == "dct":
-            self.basis = dct_basis(latent_modes, self.action_dim, steps, actions).to(
-                self.device
-            )  # (D, 50, 32)
+            basis = dct_basis(latent_modes, self.action_dim, steps, actions)  # (D, 50, 32)
+            self.basis = basis.to(self.device)
             self.free_dim = steps * actions  # numbers of noise beside the latent
 
     # ---- the three methods of a base ----
@@ -161,14 +142,12 @@ class Pi0Base:
         """Dicts of one observation each -> the batch that the policy takes."""
         from lerobot.envs.utils import preprocess_observation
 
-        batch = preprocess_observation(
-            stack([{k: v for k, v in o.items() if k != "task"} for o in observations])
-        )
+        batch = stack([{k: v for k, v in o.items() if k != "task"} for o in observations])
+        batch = preprocess_observation(batch)
         batch = self.env_preprocess(batch | {"task": [o["task"] for o in observations]})
         if self.openpi:
-            batch["observation.state"] = self.openpi._pi_aloha_decode_state(
-                None, batch["observation.state"].clone()
-            )
+            state = batch["observation.state"].clone()
+            batch["observation.state"] = self.openpi._pi_aloha_decode_state(None, state)
         return self.preprocess(batch)
 
     def _prefix(self, batch):
@@ -216,17 +195,14 @@ class Pi0Base:
             from lerobot.envs.factory import make_env_config, make_env_pre_post_processors
             from lerobot.policies.factory import make_pre_post_processors
         except ImportError as error:
-            raise ValueError(
-                f"π_0 needs lerobot ({error}): make the environment with Python 3.12 and `pip install -r "
-                "requirements.txt`."
-            ) from None
+            fix = "make the environment with Python 3.12 and `pip install -r requirements.txt`"
+            raise ValueError(f"π_0 needs lerobot ({error}): {fix}.") from None
         folder, device = download(path), torch.device(device)
         try:
             config = PreTrainedConfig.from_pretrained(folder)
         except Exception as error:  # json, draccus and lerobot each raise their own
-            raise ValueError(
-                f"{path} has no sound config.json of a LeRobot policy ({one_line(error)})."
-            ) from None
+            what = f"{path} has no sound config.json of a LeRobot policy"
+            raise ValueError(f"{what} ({one_line(error)}).") from None
         config.device = str(device)
         if hasattr(config, "dtype"):
             config.dtype = dtype or ("bfloat16" if device.type == "cuda" else "float32")
@@ -235,13 +211,12 @@ class Pi0Base:
             experts = policy.model.paligemma_with_expert
             experts.paligemma.lm_head = experts.gemma_expert.lm_head = None  # 1.5 GiB that never speak
         try:
-            preprocess, postprocess = make_pre_post_processors(
-                config, str(folder), preprocessor_overrides={"device_processor": {"device": str(device)}}
-            )
+            there = {"device_processor": {"device": str(device)}}
+            both = make_pre_post_processors(config, str(folder), preprocessor_overrides=there)
         except Exception as error:
             raise ValueError(f"the processors of {path} cannot be loaded ({one_line(error)}).") from None
         env_preprocess, _ = make_env_pre_post_processors(make_env_config(env), config)
-        base = cls(policy, preprocess, postprocess, env_preprocess, cameras, **options)
+        base = cls(policy, (*both, env_preprocess), cameras, **options)
         with open(folder / "model.safetensors", "rb") as file:
             base.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         return base
@@ -257,9 +232,8 @@ def download(path):
     try:
         return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.model"]))
     except Exception as error:
-        raise ValueError(
-            f"{path} is neither a folder nor to be had from the hub ({one_line(error)})."
-        ) from None
+        what = f"{path} is neither a folder nor to be had from the hub"
+        raise ValueError(f"{what} ({one_line(error)}).") from None
 
 
 def load_strictly(folder, config):
@@ -277,9 +251,8 @@ def load_strictly(folder, config):
     logging.getLogger().setLevel(logging.ERROR)  # it warns of names that it then loads
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            policy = get_policy_class(config.type).from_pretrained(
-                str(folder), config=config, local_files_only=True
-            )
+            build = get_policy_class(config.type).from_pretrained
+            policy = build(str(folder), config=config, local_files_only=True)
     except Exception as error:
         raise ValueError(f"lerobot cannot build the {config.type} of {folder} ({one_line(error)}).") from None
     if config.type in STEERABLE:  # its names for openpi's tensors
@@ -301,15 +274,11 @@ def dct_basis(modes, action_dim, steps, width):
     """Orthonormal: the first DCT-II modes along time of each real action dimension. -> (modes · action_dim,
     steps, width). ValueError for more modes than steps."""
     if modes > steps:
-        raise ValueError(
-            f"a chunk has {steps} steps, fewer than the {modes} modes that --pi0.latent dct steers: give "
-            "--pi0.latent full."
-        )
+        fewer = f"a chunk has {steps} steps, fewer than the {modes} modes that --pi0.latent dct steers"
+        raise ValueError(f"{fewer}: give --pi0.latent full.")
     time, mode = (torch.arange(steps) + 0.5) / steps, torch.arange(modes)
-    waves = (
-        torch.cos(math.pi * mode[:, None] * time)
-        * torch.where(mode == 0, 1.0, 2.0)[:, None].div(steps).sqrt()
-    )  # (modes, steps)
+    norms = torch.where(mode == 0, 1.0, 2.0)[:, None].div(steps).sqrt()
+    waves = norms * torch.cos(math.pi * mode[:, None] * time)  # (modes, steps)
     basis = torch.zeros(modes, action_dim, steps, width)
     for a in range(action_dim):
         basis[:, a, :, a] = waves

@@ -5,30 +5,20 @@ and then every rank does the same update on all of it with the same draws; so n 
 the same algorithm, on the same draws, as one rank of n·m.
 """
 
-import contextlib
 import os
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from joblib import cpu_count
 from torch.distributed.rendezvous import rendezvous
 
 from support.flags import RANK, RESTARTS, stop
 
 
-def cores(cgroup=Path("/sys/fs/cgroup")):
-    """How many cores this process may use, fewer than there are where a container has a quota."""
-    free = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):  # "max 100000" is no quota
-        quota, period = map(int, (cgroup / "cpu.max").read_text().split())
-        free = min(free, max(1, quota // period))
-    return free
-
-
 WORLD = int(os.environ.get("WORLD_SIZE") or 1)
 LOCAL_WORLD = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)  # ranks on this machine
-CPUS = max(1, cores() // LOCAL_WORLD)  # of this rank
+CPUS = max(1, cpu_count() // LOCAL_WORLD)  # of this rank, within a container's quota
 SIMULATORS = min(CPUS, 16)  # processes, where --num-workers is left out
 
 
@@ -72,8 +62,6 @@ def gathered(value):
 
 def of_all(columns):
     """Columns of all environments from those of the ranks, {name: (T, m, …)} -> {name: (T, n·m, …)}."""
-    if WORLD == 1:
-        return columns
     parts = gathered({name: values.cpu() for name, values in columns.items()})
     return {k: torch.cat([part[k] for part in parts], 1).to(columns[k].device) for k in columns}
 
@@ -85,17 +73,13 @@ def broadcast(*modules):
             dist.broadcast(parameter.data, 0)
 
 
-def joined(rows, own=None):
-    """One dict of arrays and lists from those of the ranks, one behind the other, or in the order of `own`,
-    the numbers of a rank's rows. None stays None; a rank without rows has None instead of the dict."""
-    if WORLD == 1:
-        return rows
-    parts = [part for part in gathered((rows, own)) if part[0] is not None]
-    whole = dict(parts[0][0])
-    for key, first in parts[0][0].items():
+def joined(rows):
+    """One dict of arrays and lists from those of the ranks, one behind the other. None stays None; a rank
+    without rows has None instead of the dict."""
+    parts = [part for part in gathered(rows) if part is not None]
+    whole = dict(parts[0])
+    for key, first in whole.items():
         if first is not None:
-            column = [value for part, _ in parts for value in part[key]]
-            if own is not None:
-                column = [column[i] for i in np.argsort(np.concatenate([numbers for _, numbers in parts]))]
-            whole[key] = np.array(column) if isinstance(first, np.ndarray) else column
+            columns = [part[key] for part in parts]
+            whole[key] = np.concatenate(columns) if isinstance(first, np.ndarray) else sum(columns, [])
     return whole

@@ -23,21 +23,19 @@ from typing import Literal
 
 import shared  # first: it makes the folder above known
 import numpy as np
+import torch
 import tyro
+from torch.utils.flop_counter import FlopCounterMode
 
+from base.flow import FlowBase
 from envs import load_suite
 from envs.physics import mujoco
 from envs.episodes import TrainingEnvs
 from envs.workers import Workers
+from fpo_actor import FlowActor
 from support.ranks import SIMULATORS
 from support.flags import parse_args, stop
 
-if __name__ == "__main__":  # simulator processes do without torch
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from base.flow import FlowBase
-    from fpo_actor import FlowActor
 
 FLOW_STEPS = 4  # of the actor, as in the train scripts
 
@@ -162,7 +160,7 @@ def make_pi0(policy, device):
     policy = get_policy_class("pi0")(config).eval().requires_grad_(False)
     experts = policy.model.paligemma_with_expert
     experts.paligemma.lm_head = experts.gemma_expert.lm_head = None  # as Pi0Base.load does
-    return Pi0Base(policy, *[PolicyProcessorPipeline(steps=[])] * 3, cameras)
+    return Pi0Base(policy, [PolicyProcessorPipeline(steps=[])] * 3, cameras)
 
 
 def pi0_parts(args, base):

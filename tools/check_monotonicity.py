@@ -19,12 +19,10 @@ from shared import ROOT, check_limits  # first: it makes the folder above known
 import numpy as np
 import torch
 from flow_matching.solver import ODESolver
-from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 from tqdm import tqdm
 
 from fpo_actor import FlowActor, draw_flow_noise
-from plots import save
 from support.flags import parse_args, stop
 from support.run_files import load_checkpoint, make_out_folder
 
@@ -77,21 +75,8 @@ def compare_update(before, after, samples, ode_steps, generator):
     return [after["env_steps"], *ranks, slope, cfm.mean().item()]
 
 
-def draw(tables, out, name):
-    """The rank correlation, and ℓ, over training. tables: {run: (n, 5) array of COLUMNS}"""
-    figure = Figure(figsize=(8, 3.2))
-    titles = "Spearman's ρ of Δℓ and Δ log π", "ℓ_cfm (π/2 before training)"
-    for panel, title, columns in zip(figure.subplots(1, 2), titles, ((1, 2), (4,))):
-        for run, table in tables.items():
-            for column in columns:
-                panel.plot(table[:, 0] / 1e6, table[:, column], label=f"{run}, {COLUMNS[column]}")
-        panel.set(xlabel="environment steps (millions)", ylabel=title)
-        panel.legend(fontsize=6, frameon=False)
-    save(figure, out, name)
-
-
 if __name__ == "__main__":
-    args, tables = parse_args(Args, __doc__), {}
+    args = parse_args(Args, __doc__)
     for name in set(args.runs) - set(RUNS):
         stop(f"--runs has {name}, which is none of {', '.join(RUNS)}")
     check_limits(args, "total_env_steps ode_steps", 1)
@@ -116,8 +101,6 @@ if __name__ == "__main__":
             stop(f"{run_name} has no update of the actor to look at; give more --total-env-steps")
         csv = args.out / f"{name}_seed{args.seed}.csv"
         np.savetxt(csv, rows, "%.8g", ",", header=",".join(COLUMNS), comments="")
-        tables[name] = np.array(rows)
         for k in (1, 2, 3):
-            low, median, high = np.quantile(tables[name][:, k], (0.05, 0.5, 0.95))
+            low, median, high = np.quantile(np.array(rows)[:, k], (0.05, 0.5, 0.95))
             print(f"{name:12} {COLUMNS[k]:20} median {median:6.3f}   5 to 95 %: {low:6.3f} to {high:6.3f}")
-    draw(tables, args.out, f"seed{args.seed}")

@@ -68,7 +68,7 @@ class Demonstrator:
         self.sim, self.env, self.data = simulator, simulator.env, simulator.data
         self.aim, self.miss = aim, np.zeros(3)  # miss: from where its grasp should be to where it is (m)
         self.usual = simulator.remembered[4]  # where the hand starts but for the arm's noise
-        self.robot = self.data.body("robot0_base").xpos
+        self.robot, self.hand_rotation = self.data.body("robot0_base").xpos, simulator.hand_rotation  # views
         self.turned = None  # rotation that the hand shall have
         self.actions = self._script()
 
@@ -76,11 +76,7 @@ class Demonstrator:
 
     @property
     def hand(self):
-        return self.data.site_xpos[self.sim.site].copy()
-
-    @property
-    def hand_rotation(self):
-        return self.data.site_xmat[self.sim.site].reshape(3, 3)
+        return self.sim.hand.copy()
 
     def _box(self, name):
         """Bounding box of an object: centre and half size (m) in the world, rotation, own half size."""
@@ -145,11 +141,6 @@ class Demonstrator:
             grip[:2], across = self.data.xpos[self.env.obj_body_id[name]][:2], rotation[:, 0]
         return grip, across, top
 
-    def _out(self, part):
-        """The direction in which a drawer opens. -> (3,)"""
-        joint, side, _ = part
-        return self.data.xaxis[joint] * side
-
     def _into(self, goal):
         """The way into what a goal's place is enclosed by, and the place from its middle; or None."""
         parent = getattr(self.env.object_states_dict.get(goal[2]), "parent_name", None)
@@ -164,7 +155,8 @@ class Demonstrator:
         for region in self.env.object_sites_dict:
             lies = region in states and states[region].check_contain(states[goal[1]])
             if (part := self.sim.joint(region)) and (lies or region == goal[2]):
-                out, to = self._out(part), self.sim.point(region) - thing
+                out = self.data.xaxis[part[0]] * part[1]
+                to = self.sim.point(region) - thing
                 if to[2] < 0.1:  # in the drawer, or in front of one that is as low
                     return out, 0.0, None
                 aside = np.cross(out, [0, 0, 1])
@@ -177,7 +169,7 @@ class Demonstrator:
         place, part, into = self.sim.point(goal[2]).copy(), self.sim.joint(goal[2]), self._into(goal)
         drawers = [region for region in self.env.object_sites_dict if self.sim.joint(region)]
         if part and max(self.sim.point(drawer)[2] for drawer in drawers) > place[2] + 0.01:
-            place += 0.024 * self._out(part)  # away from the handles of drawers above
+            place += 0.024 * self.data.xaxis[part[0]] * part[1]  # away from the handles of drawers above
         if into is not None:
             place += into[1]
         sharing = [other for other in self.sim.goals if other[0] == "on" and other[-1] == goal[2]]
@@ -229,10 +221,6 @@ class Demonstrator:
         x = x * np.sign(x @ self.hand_rotation @ [np.cos(wrist), -np.sin(wrist), 0])
         self.turned = np.stack([x, np.cross(z, x), z], 1)
 
-    def _seen(self, target):
-        """Where it takes a point to be, until the grasp is over. -> (3,)"""
-        return target + self.miss
-
     def _come(self, target, gripper=OPEN, steps=70):
         """The first reach, on a straight line, which falls short along the breadth of the fingers."""
         if self.aim is None:
@@ -248,7 +236,7 @@ class Demonstrator:
         self.turned = np.stack([x, np.cross(z, x), z], 1)
         self.aim, self.miss = None, share * (farther - short) * ahead
         for _ in range(steps):
-            left = self._seen(target) - self.hand
+            left = target + self.miss - self.hand
             action = self._move(self.hand, gripper)
             action[:3] = GAIN * left / max(1, GAIN * np.abs(left).max())
             yield action
@@ -258,8 +246,8 @@ class Demonstrator:
     def _reach(self, target, gripper, steps=60, near=0.01):
         """Go to a point with the hand turned as wanted; with near=0 stay there for all the steps."""
         for _ in range(steps):
-            yield self._move(self._seen(target), gripper)
-            left = self._seen(target) - self.hand
+            yield self._move(target + self.miss, gripper)
+            left = target + self.miss - self.hand
             if np.linalg.norm(left) < near and np.linalg.norm(self._to_turn()) < 0.1:
                 break
 
@@ -298,14 +286,14 @@ class Demonstrator:
     def _pull(self, region):
         """Open a drawer: close the hand over its handle and pull."""
         part = self.sim.joint(region)
-        out, handle = self._out(part), self.sim.handle(*part)
+        out, handle = self.data.xaxis[part[0]] * part[1], self.sim.handle(*part)
         self._lean(-out, None, LEAN["pull"])
         yield from self._come(handle - 0.10 * self.turned[:, 2])
         yield from self._reach(handle, OPEN, 30, 0.008)
         yield from self._reach(handle, CLOSED, 10, 0)
         opened = 0
         for _ in range(50):
-            yield self._move(self._seen(self.sim.handle(*part) + 0.06 * out), CLOSED)
+            yield self._move(self.sim.handle(*part) + 0.06 * out + self.miss, CLOSED)
             opened += self.env._eval_predicate(["open", region])
             if opened > 3:
                 break
@@ -316,7 +304,7 @@ class Demonstrator:
     def _push(self, goal):
         """Close a drawer: push its handle with closed fingers."""
         part = self.sim.joint(goal[1])
-        out = self._out(part)
+        out = self.data.xaxis[part[0]] * part[1]
         self._lean(-out, np.cross(out, [0, 0, 1]), LEAN["push"])
         front = self.sim.handle(*part) + 0.05 * out
         yield from self._reach(front + [0, 0, 0.15], CLOSED)
@@ -336,7 +324,7 @@ class Demonstrator:
         yield from self._reach(grip, CLOSED, 10, 0)
         for _ in range(30):
             self._turn_to(self.hand_rotation @ [np.cos(0.5), np.sin(-0.5), 0])
-            yield self._move(self._seen(grip), CLOSED)
+            yield self._move(grip + self.miss, CLOSED)
             if self.env._eval_predicate(goal):
                 break
         self.miss, rest = np.zeros(3), self.hand
@@ -375,7 +363,7 @@ class Demonstrator:
         yield from self._reach(grip, CLOSED, 10, 0)
         for _ in range(60):
             there = self._place(goal) + PLATE_RIM * way
-            yield self._move(self._seen(np.r_[there[:2], grip[2]]), CLOSED)
+            yield self._move(np.r_[there[:2], grip[2]] + self.miss, CLOSED)
             if self.env._eval_predicate(goal):
                 break
         self.miss = np.zeros(3)
@@ -415,11 +403,11 @@ class Demonstrator:
         if narrow is not None:
             yield from self._reach(grip, OPEN, 40)
         for _ in range(25):
-            yield self._move(self._seen(grip), OPEN)
+            yield self._move(grip + self.miss, OPEN)
             if abs(self.hand[2] - grip[2]) < 0.006:
                 break
         yield from self._reach(grip, CLOSED, 11, 0)
-        lift, held, self.miss = self._seen(lift), True, np.zeros(3)
+        lift, held, self.miss = lift + self.miss, True, np.zeros(3)
 
         place = self._place(goal)
         centre, half, *_ = self._box(name)
@@ -513,7 +501,7 @@ def pushes(rng, steps, amplitude):
     return noise
 
 
-def demonstrate(simulators, task, start, aim, seed, limit, idle, push, record):
+def demonstrate(simulators, task, start, aim, seed, limit, idle=20, push=0.0, record=False):
     """One episode; it ends at success, at `limit`, or after `idle` steps in which the script had nothing to
     do. aim: see Demonstrator; push: amplitude. -> dict of observations (T, S), clean actions (T, 7),
     success, pushed (T,), the last step too if the limit cut it off, and frames (T, F) or None; None if the
@@ -563,22 +551,17 @@ class Args:
 
 def table(args):
     """Success over the official initial states of the 40 tasks of one that looks, into args.out."""
-    from libero.libero.envs.bddl_utils import robosuite_parse_problem
-
     args.out.parent.mkdir(parents=True, exist_ok=True)
     rows, n = [], args.table_states
     for name in SUITES:
         suite = load_suite(name)
         with Workers(suite.build, suite.tasks, args.workers, timeout=3600) as workers:
             for k, task in suite.names.items():
-                own = [None] * n, [[2, args.seed, i] for i in range(n)]
-                same = [suite.limit] * n, [40] * n, [0.0] * n, [False] * n
-                results = workers.map(demonstrate, [k] * n, suite.starts[:n], *own, *same)
+                own = [None] * n, [[2, args.seed, i] for i in range(n)], [suite.limit] * n, [40] * n
+                results = workers.map(demonstrate, [k] * n, suite.starts[:n], *own)
                 steps = [len(r["actions"]) for r in results if r and r["success"]]
-                goals = robosuite_parse_problem(libero.suite(name).get_task_bddl_file_path(k))["goal_state"]
-                simple = all(len(goal) == 3 for goal in goals)  # to put something somewhere
                 mean = f"{np.mean(steps):.0f}" if steps else ""
-                row = dict(suite=name, task_id=k, task=task, pick_and_place_only=simple, episodes=n)
+                row = dict(suite=name, task_id=k, task=task, episodes=n)
                 rows.append(dict(row, successes=len(steps), mean_steps=mean))
                 print(f"{name:15} {k} {rate(len(steps), n):22} {mean:>4} steps  {task}", flush=True)
     write_table(args.out, rows)
@@ -602,8 +585,7 @@ def edges(workers, args, suite):
         if i < ROUNDS:
             aims = [(s, tilt_of(args, k, j % 2), 0.0, 1.0) for j, (k, s) in enumerate(zip(tasks, median))]
             starts, seeds = [suite.draw_start(rng) for _ in tasks], [[2, args.seed, i]] * n
-            same = [suite.limit] * n, [20] * n, [0.0] * n, [False] * n
-            results = workers.map(demonstrate, tasks, starts, aims, seeds, *same)
+            results = workers.map(demonstrate, tasks, starts, aims, seeds, [suite.limit] * n)
             held = np.array([bool(result and result["success"]) for result in results])
             likely *= np.where((shorts > median[:, None]) == held[:, None], 1 - CHANCE, CHANCE)
     return dict(zip(suite.tasks, median.reshape(-1, 2).tolist()))

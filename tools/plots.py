@@ -14,11 +14,12 @@ from shared import ROOT, check_limits  # first: it makes the folder above known
 import matplotlib.pyplot as plt
 import numpy as np
 
-from results import COLORS, ROWS, counts_from, evaluations, on_common_states, read_table, runs_of, t_half
+from results import ROWS, counts_from, evaluations, on_common_states, read_table, runs_of, t_half
 from support.flags import parse_args, stop
 from support.run_files import check_same, load_checkpoint, make_out_folder
 
-BLUE, RED, GREEN, GREY = COLORS[0], COLORS[4], "#117733", "0.4"  # Paul Tol's too
+COLORS = ["#332288", "#88ccee", "#44aa99", "#999933", "#cc6677"]  # Paul Tol's, safe for colour-blind readers
+BLUE, RED, GREEN, GREY = COLORS[0], COLORS[4], "#117733", "0.4"
 plt.switch_backend("Agg")  # draws to files, whatever screen there is
 POINTS = 400  # of a group in a t-SNE
 
@@ -65,7 +66,7 @@ def training_curve(metrics, key, early):
     return steps[known], np.array([np.nanmean(values[max(0, i - 4) : i + 1]) for i in known])
 
 
-def draw_curves(out, name, pattern, title):
+def draw_curves(out, name, pattern, title, paper):
     """Success on held-out states, return of the training episodes, and their length."""
     success, training = [], {}
     for folder in sorted((ROOT / "results").glob(pattern)):
@@ -79,8 +80,7 @@ def draw_curves(out, name, pattern, title):
     figure, panels = plt.subplots(1, 3, figsize=(10, 3.1))
     draw_seeds(panels[0], success, BLUE, f"the same {len(tested['base', 0])} held-out states", 100)
     panels[0].axhline(np.mean([shares[0] for _, shares in success]), color=GREY, ls="--", lw=1, label="base")
-    if name == "fig4b_aloha":
-        panels[0].axhline(65, color=GREY, ls="-.", lw=1, label="the paper's π$_0$-FPO, from 40 %")
+    panels[0].axhline(paper, color=GREY, ls="-.", lw=1, label="the paper's π$_0$-FPO")
     draw_seeds(panels[1], training["return"], BLUE, "training episodes", 1)
     draw_seeds(panels[2], training["episode_length"], BLUE, "training episodes")
     labels = ("success (%)", 102), ("return (Eq. 1)", 1.02), ("episode length (control steps)", None)
@@ -221,8 +221,9 @@ if __name__ == "__main__":
     check_limits(args, "episodes", 1)
     make_out_folder(args.out)
     if everything:
-        draw_curves(args.out, "fig4b_aloha", "aloha/seed*", "ALOHA Transfer Cube (Fig. 4b)")
-        draw_curves(args.out, "fig3_libero_spatial", "libero/libero_spatial_seed*", "LIBERO-Spatial")
+        draw_curves(args.out, "fig4b_aloha", "aloha/seed*", "ALOHA Transfer Cube (Fig. 4b)", 65)
+        draw_curves(args.out, "butter", "libero/butter_seed*", "LIBERO, butter in the tray", 78.5)
+        draw_curves(args.out, "fig3_libero_spatial", "libero/libero_spatial_seed*", "LIBERO-Spatial", 97.2)
         draw_ablations(args.out)
     for folder in args.strip:
         draw_strip(args.out, folder, args.episodes)

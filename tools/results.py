@@ -1,6 +1,6 @@
-"""The learning curves and tables of README and results/, from the CSV files of the runs there.
+"""The tables of README and results/, from the CSV files of the runs there.
 
-`python tools/results.py` writes curve.png and tables in the folders of results/, and the tables in the pages.
+`python tools/results.py` writes them in the folders of results/, and in the pages.
 """
 
 import csv
@@ -10,9 +10,10 @@ import warnings
 
 from shared import ROOT  # first: it makes the folder above known
 import numpy as np
-from matplotlib.figure import Figure
+import pandas as pd
 from scipy import stats
 
+from run_ablations import PARTS, PEERS
 from support.flags import parse_args
 from support.logs import wilson
 from support.run_files import write_atomically
@@ -26,31 +27,9 @@ TASKS = dict(  # task: its name, folders of its seeds, the paper's π_0-FPO
     libero_10=("LIBERO-Long", "libero/libero_10_seed*", "65.3 %"),
 )
 SUITES = [*TASKS][2:]
-ROWS = {  # of run_ablations.py, beside what only one task has
-    "": "FPO",
-    "literal": "`--literal`, the paper to the letter",
-    "no_clip": "without the clip: `--clip-eps inf`",
-    "k1": "exploration, K = 1: `--explore-steps 1`",
-    "single_critic": "one critic: `--num-critics 1`",
-    "gae": "executed latents, by GAE: `--fresh-latents 0 --noise-scale 1`",
-    "no_self_fit": "own latents not fitted: `--self-fit 0`",
-    "one_step": "one decision a target: `--td-decisions 1`",
-    "all_states": "states all alike: `--actor-choice 1`",
-    "all_noise": "with all of its noise: `--noise-scale 1`",
-    "one_iteration": "a window of one iteration: `--window 1`",
-    "no_clamp": "targets not clamped: `--no-clamp-target`",
-    "shuffled": "shuffled advantages: `--shuffle-advantages`",
-    "long": "FPO, `--total-env-steps 1600000 --eval-every 400000`",
-    "sac": "soft actor-critic: train_sac.py",
-    "dsrl_na": "DSRL-NA: train_sac.py `--noise-aliased`",
-    "fpo": "FPO of McAllister et al.: train_peers.py `--update fpo`",
-    "fpo++": "FPO++: train_peers.py `--update fpo++`",
-    "nft": "DiffusionNFT: train_peers.py `--update nft`",
-    "flow_noise": "PPO on the base's noisy steps: train_flow_noise.py",
-    "cloning": "cloning of successes: train_cloning.py",
-}
-PEERS = [*ROWS][[*ROWS].index("sac") :]
-COLORS = ["#332288", "#88ccee", "#44aa99", "#999933", "#cc6677"]  # Paul Tol's, safe for colour-blind readers
+KINDS = ["base", "zero latents", "tuned", "zero noise"]
+ROWS = {"": "FPO", "long": "FPO, `--total-env-steps 1600000 --eval-every 400000`"}
+ROWS |= {row: f"{name}: `{command}`" for row, (name, command) in (PARTS | PEERS).items()}
 
 
 def read_table(path):
@@ -112,14 +91,6 @@ def over_seeds(counts):
         mean, half = np.mean(shares(counts)), t_half(shares(counts))
         low, high = min(low, mean - half), max(high, mean + half)
     return f"{100 * total[0] / total[1]:.1f} % [{max(0.0, low):.1f}, {min(100.0, high):.1f}]"
-
-
-def pooled(lines, task, policy):
-    """Success over all seeds as text, a dash if nothing was played. lines: of table.csv; task: its
-    number and name."""
-    lines = [v for v in lines if (v["task_id"], v["task"], v["policy"]) == (*task, policy)]
-    successes, episodes = (sum(int(v[name] or 0) for v in lines) for name in ("successes", "episodes"))
-    return f"{100 * successes / episodes:.0f} % of {episodes}" if episodes else "–"
 
 
 def publish(path, head, rows, *text):
@@ -245,12 +216,12 @@ def write_tasks(results):
         )
         if task not in SUITES:
             continue
-        lines = [line for file in sorted(results.glob(f"{pattern}/table.csv")) for line in read_table(file)]
-        for own in dict.fromkeys((line["task_id"], line["task"]) for line in lines):
-            if own[0].isdigit():  # the others are the average
-                kinds = "base", "zero latents", "tuned", "zero noise"
-                cells = (pooled(lines, own, kind) for kind in kinds)
-                suites.append([label, own[0], own[1].replace("_", " "), *cells])
+        tables = [pd.read_csv(file, dtype=dict(task_id=str)) for file in results.glob(f"{pattern}/table.csv")]
+        for (k, name), rows in pd.concat(tables).groupby(["task_id", "task"]) if tables else ():
+            sums = rows.groupby("policy")[["successes", "episodes"]].sum()  # over the seeds
+            pairs = sums.reindex(KINDS, fill_value=0).values
+            cells = [f"{100 * good / n:.0f} % of {n:.0f}" if n > 0 else "–" for good, n in pairs]
+            suites.append([label, k, name.replace("_", " "), *cells])
     head = "task | base | zero latents | constant latent | best of 16 | FPO | from zero noise | seeds | steps"
     publish(results / "summary.md", f"{head} | paper, π_0-FPO", summary)
     head = "suite | | task | base | zero latents | tuned | from zero noise"
@@ -262,40 +233,9 @@ def write_tasks(results):
     write_atomically(results / "libero/table1.md", page.encode())
 
 
-def draw_curve(path, seeds, title, paper, paper_label):
-    """curve.png: success on held-out states over training, a line a seed. seeds: {name: of `evaluations`}"""
-    figure = Figure(figsize=(6.4, 3.6), dpi=150)
-    axes = figure.subplots()
-    seeds = {name: on_common_states(run) for name, run in seeds.items()}
-    for color, (name, run) in zip(COLORS, seeds.items()):
-        keys = [key for key in run if key[0] == "tuned" or key == ("base", 0)]
-        steps, share = [steps / 1e6 for _, steps in keys], [100 * run[key].mean() for key in keys]
-        band = 100 * np.array([wilson(run[key].sum(), len(run[key])) for key in keys])
-        label = "seed " + name.split("seed")[1]
-        axes.plot(steps, share, color=color, marker="o", ms=3, lw=1.2, label=label)
-        axes.fill_between(steps, *band.T, color=color, alpha=0.12, lw=0)
-    for policy, style in (("base", "--"), ("zero latents", ":")):
-        base = np.mean([run[policy, 0].mean() for run in seeds.values()])
-        axes.axhline(100 * base, color="0.35", ls=style, lw=1, label=policy)
-    axes.axhline(paper, color="0.35", ls="-.", lw=1, label=paper_label)
-    axes.set(xlabel="environment steps of training (millions)", ylabel="success on held-out states (%)")
-    axes.set(ylim=(0, 102), xlim=(0, None))
-    axes.set_title(f"FPO on {title} states at every point; bands: Wilson 95 %", fontsize=8)
-    axes.legend(fontsize=7, loc="lower right", frameon=False, ncol=2)
-    figure.tight_layout()
-    figure.savefig(path)
-
-
 if __name__ == "__main__":
     parse_args(lambda: None, __doc__)  # no flags but --help
-    for name, prefix, *picture in (
-        ("aloha", "", "ALOHA Transfer Cube: the first 100 evaluation", 65, "paper (π$_0$) at 1.6 M"),
-        ("libero", "butter_", "LIBERO, butter in the tray: the first 25 official", 78.5, "paper (π$_0$)"),
-    ):
-        folder = ROOT / "results" / name
-        runs = runs_of(f"{name}/{prefix}")
-        seeds = {path.name: evaluations(path / "eval.csv") for path in runs[""]}
-        write_rows(folder / "table.md", runs)
-        draw_curve(folder / "curve.png", seeds, *picture)
+    write_rows(ROOT / "results/aloha/table.md", runs_of("aloha/"))
+    write_rows(ROOT / "results/libero/table.md", runs_of("libero/butter_"))
     write_tasks(ROOT / "results")
     write_peers(ROOT / "results/peers.md")

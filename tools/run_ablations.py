@@ -17,22 +17,38 @@ from tqdm import tqdm
 
 from support.flags import parse_args, say, stop
 
-TABLE_2 = dict(no_clip="--clip-eps inf", k1="--explore-steps 1", single_critic="--num-critics 1")
-PARTS = dict(literal="--literal", gae="--fresh-latents 0 --noise-scale 1", no_self_fit="--self-fit 0")
-PARTS |= dict(one_step="--td-decisions 1", all_states="--actor-choice 1", all_noise="--noise-scale 1")
-PARTS |= dict(one_iteration="--window 1", no_clamp="--no-clamp-target", shuffled="--shuffle-advantages")
-PEERS = dict(sac="train_sac.py", dsrl_na="train_sac.py --noise-aliased", cloning="train_cloning.py")
-PEERS |= {update: f"train_peers.py --update {update}" for update in ("fpo", "fpo++", "nft")}
-PEERS |= dict(flow_noise="train_flow_noise.py")
+PARTS = {  # row: what it is of FPO, and its flags
+    "literal": ("the paper to the letter", "--literal"),
+    "no_clip": ("without the clip", "--clip-eps inf"),
+    "k1": ("exploration, K = 1", "--explore-steps 1"),
+    "single_critic": ("one critic", "--num-critics 1"),
+    "gae": ("executed latents, by GAE", "--fresh-latents 0 --noise-scale 1"),
+    "no_self_fit": ("own latents not fitted", "--self-fit 0"),
+    "one_step": ("one decision a target", "--td-decisions 1"),
+    "all_states": ("states all alike", "--actor-choice 1"),
+    "all_noise": ("with all of its noise", "--noise-scale 1"),
+    "one_iteration": ("a window of one iteration", "--window 1"),
+    "no_clamp": ("targets not clamped", "--no-clamp-target"),
+    "shuffled": ("shuffled advantages", "--shuffle-advantages"),
+}
+PEERS = {  # row: what it is, and its tool
+    "sac": ("soft actor-critic", "train_sac.py"),
+    "dsrl_na": ("DSRL-NA", "train_sac.py --noise-aliased"),
+    "fpo": ("FPO of McAllister et al.", "train_peers.py --update fpo"),
+    "fpo++": ("FPO++", "train_peers.py --update fpo++"),
+    "nft": ("DiffusionNFT", "train_peers.py --update nft"),
+    "flow_noise": ("PPO on the base's noisy steps", "train_flow_noise.py"),
+    "cloning": ("cloning of successes", "train_peers.py --update cloning"),
+}
 # the folder of a row's runs in results/, but for the seed: its command, but for --seed and --run-name
 ROWS = {"aloha/": "train_aloha.py", "libero/butter_": "train_libero.py"}
-ROWS |= {f"aloha/{row}_": f"train_aloha.py {flags}" for row, flags in (TABLE_2 | PARTS).items()}
-ROWS |= {f"aloha/{row}_": f"tools/{command}" for row, command in PEERS.items()}
-ROWS |= {f"libero/butter_{row}_": f"train_libero.py {flags}" for row, flags in TABLE_2.items()}
-ROWS["libero/butter_shuffled_"] = "train_libero.py --shuffle-advantages"
-ROWS |= {
-    f"libero/butter_{row}_": f"tools/{command} --task libero_90_task56" for row, command in PEERS.items()
-}
+for row, (_, flags) in PARTS.items():
+    ROWS[f"aloha/{row}_"] = f"train_aloha.py {flags}"
+    if row in ("no_clip", "k1", "single_critic", "shuffled"):  # Table II, and the control
+        ROWS[f"libero/butter_{row}_"] = f"train_libero.py {flags}"
+for row, (_, command) in PEERS.items():
+    ROWS[f"aloha/{row}_"] = f"tools/{command}"
+    ROWS[f"libero/butter_{row}_"] = f"tools/{command} --task libero_90_task56"
 for suite in ("libero_spatial", "libero_object", "libero_goal", "libero_10"):
     ROWS[f"libero/{suite}_"] = f"train_libero.py --suite {suite} --eval-episodes 20"
     ROWS[f"libero/{suite}_sac_"] = f"tools/train_sac.py --task {suite} --eval-episodes 20"

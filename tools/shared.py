@@ -12,14 +12,16 @@ import contextlib
 import json
 import math
 import time
+from collections import deque
 from typing import Literal
 
 import numpy as np
 
 from envs import cloned_tasks, load_suite
+from envs.episodes import TrainingEnvs
 from support.flags import check_device, stop
-from support.logs import EPISODES, CsvLog, mean, rate
-from support.run_files import new_run_folder, save_checkpoint, write_args
+from support.logs import EPISODES, CsvLog, mean, rate, steps_bar
+from support.run_files import new_run_folder, write_args
 
 GAMMA = 0.999  # γ of Eq. 1, as in the train scripts
 # what there is a base for in weights/: two tasks, and suites of tasks
@@ -103,22 +105,10 @@ def write_film(path, pictures, fps):
 # ---- of the tools train_*.py ----
 
 
-def evaluate_and_save(latents, base, workers, suite, args, episodes, folder, checkpoint, last):
-    """Evaluate the tuned actor, from all of --eval-episodes starts if it is the `last` time, else from half,
-    and save `checkpoint`, a dict with env_steps. latents: of `evaluate`. -> the success rate"""
-    from evaluate import evaluate  # not above: needs torch, which some tools do without
-
-    starts = suite.starts[: args.eval_episodes if last else max(1, args.eval_episodes // 2)]
-    where = workers, suite.tasks, starts, suite.limit, episodes, checkpoint["env_steps"]
-    result = evaluate("tuned", latents, base, *where)
-    save_checkpoint(folder, checkpoint, args)
-    return float(result["success"].mean())
-
-
 def start_baseline(args):
     """Fill in what depends on the task. Stop with one sentence at a flag that cannot be. -> the suite, with
     the tasks that its base was cloned on, and the base"""
-    import torch  # as above
+    import torch  # not above: some tools do without
 
     from base import Pi0Options, load_base
     from support.ranks import connect
@@ -137,16 +127,8 @@ def start_baseline(args):
     base = load_base(f"weights/{args.task}.safetensors", Pi0Options(), suite, connect(args.device))
     suite.tasks = cloned_tasks(suite, base)
     fill_in(args, num_envs=math.ceil(32 / len(suite.tasks)) * len(suite.tasks))
+    torch.manual_seed(args.seed)
     return suite, base
-
-
-def start_files(args, kind, columns):
-    """A new folder of the run, with args.json. kind: what it is called if it got no name; columns: of
-    metrics.csv beside METRICS. -> the folder, and the logs metrics.csv and eval.csv in it"""
-    default = f"{kind}__seed{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = new_run_folder(args.run_name, default)
-    write_args(folder, args)
-    return folder, CsvLog(folder / "metrics.csv", [*METRICS, *columns]), CsvLog(folder / "eval.csv", EPISODES)
 
 
 @contextlib.contextmanager
@@ -160,8 +142,79 @@ def clean_end():
         stop("stopped", code=130)
 
 
-def charts(env_steps, recent, speed, x):
-    """Cells of METRICS. recent: success of the last training episodes; x: the latents executed since the last
-    row, (n, D)."""
-    spread = x.norm(dim=-1).mean().item(), x.std(0).mean().item()
-    return dict(zip(METRICS, (env_steps, mean(recent), speed, "", *spread)))
+class Run:
+    """A baseline's run: folder, environments, and what is counted and logged. It begins with the evaluation
+    of base and zero latents. s, (E, S), and context: of the next decision."""
+
+    def __init__(self, args, suite, base, workers, kind, losses):
+        """kind: what the run is called if it got no name; losses: columns of metrics.csv beside METRICS."""
+        self.args, self.suite, self.base, self.workers = args, suite, base, workers
+        default = f"{kind}__seed{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        self.folder = new_run_folder(args.run_name, default)
+        write_args(self.folder, args)
+        self.metrics = CsvLog(self.folder / "metrics.csv", [*METRICS, *losses])
+        self.episodes = CsvLog(self.folder / "eval.csv", EPISODES)
+        self.losses, self.env_steps, self.recent = losses, 0, deque(maxlen=100)  # success of episodes
+        self.evaluate("base", lambda s, noise: noise)
+        self.evaluate("zero latents", lambda s, noise: 0 * noise)
+        where = suite.tasks, args.num_envs, suite.draw_start, suite.limit, args.seed
+        self.envs, self.bar = TrainingEnvs(workers, *where), steps_bar(args.total_env_steps)
+        self.s, self.context = base.encode(self.envs.observations)
+        self.clock, self.logged = time.perf_counter(), 0  # when the last row was written
+
+    def evaluate(self, policy, latents, part=1):
+        """Play a policy from one in `part` of the --eval-episodes starts. -> the success rate"""
+        from evaluate import evaluate  # not above: needs torch
+
+        starts = self.suite.starts[: max(1, self.args.eval_episodes // part)]
+        where = self.workers, self.suite.tasks, starts, self.suite.limit, self.episodes, self.env_steps
+        return float(evaluate(policy, latents, self.base, *where)["success"].mean())
+
+    @property
+    def to_go(self):
+        """The share of the run that lies ahead."""
+        return 1 - self.env_steps / self.args.total_env_steps
+
+    @property
+    def due(self):
+        """Whether an evaluation is."""
+        every = self.args.eval_every
+        return self.to_go <= 0 or self.env_steps // every > self.logged // every
+
+    def step(self, actions, **row):
+        """Execute a decision in every environment. row: what else belongs to it -> all of it, (E, …)"""
+        import torch
+
+        step = self.envs.step(actions.cpu().numpy())
+        self.env_steps += int(step["num_steps"].sum())
+        self.bar.update(int(step["num_steps"].sum()))
+        ended = step["terminated"] | step["truncated"]
+        self.recent.extend(step["success"][ended])
+        r = step["success"] * GAMMA ** (step["num_steps"] - 1.0)  # of a decision, as in the train scripts
+        numbers = dict(r=r, discount=GAMMA ** step["num_steps"], terminated=step["terminated"], ended=ended)
+        row |= {k: torch.as_tensor(v).float().to(self.base.device) for k, v in numbers.items()}
+        row["s_next"], _ = self.base.encode(step["last_observation"])
+        self.s, self.context = self.base.encode(self.envs.observations)
+        return row
+
+    def log(self, x, infos, latents):
+        """A row of metrics.csv, and if one is due an evaluation. x: latents executed since the
+        last row, (n, D); infos: the `losses` of every gradient step since then; latents: how the actor acts,
+        as `evaluate` takes it."""
+        if infos and not np.isfinite(infos[-1]).all():
+            stop("a loss became NaN or infinite; try a lower --actor-lr", code=1)
+        speed = (self.env_steps - self.logged) / (time.perf_counter() - self.clock)
+        spread = x.norm(dim=-1).mean().item(), x.std(0).mean().item()
+        row = dict(zip(METRICS, (self.env_steps, mean(self.recent), speed, "", *spread)))
+        row |= dict(zip(self.losses, np.mean(infos, 0))) if infos else {}
+        self.bar.set_postfix(success=mean(self.recent), refresh=False)
+        if self.due:  # the last one from all starts, the others from half of them
+            row["eval/success"] = self.evaluate("tuned", latents, 1 if self.to_go <= 0 else 2)
+        self.metrics.write(row)
+        self.clock, self.logged = time.perf_counter(), self.env_steps
+
+    def print_result(self):
+        from evaluate import print_result
+
+        print_result(self.folder, self.suite.names)
+        print(f"{self.env_steps:,} environment steps, files in {self.folder}")

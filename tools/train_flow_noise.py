@@ -7,28 +7,20 @@ As in ReinFlow (arXiv 2505.22094) and π_RL's Flow-Noise (arXiv 2510.25889) ever
 Gaussian, w_{k+1} ~ N(w_k + v_θ(w_k, u_k | s) / K, σ_ψ(s, u_k)²), so that the likelihood of all K together is
 known, and PPO's ratio with it. Trained are the base's own weights θ and the noise σ_ψ; the advantages are GAE
 with a V(s). Same base to start from, environments, rewards and evaluation as FPO; evaluated without the added
-noise. It writes args.json, metrics.csv, eval.csv, table.csv, last.pt. An interrupted run starts anew.
+noise. It writes args.json, metrics.csv, eval.csv, table.csv. An interrupted run starts anew.
 """
 
-import copy
-import time
-from collections import deque
 from dataclasses import dataclass
 from typing import Literal
 
 import shared  # first: it makes the folder above known
-import numpy as np
 import torch
-from shared import GAMMA, check_limits
 from torch import nn
 
-from envs.episodes import TrainingEnvs
 from envs.workers import Workers
-from evaluate import evaluate, print_result
 from fpo_critic import QEnsemble, gae
 from support.ranks import CPUS, SIMULATORS
-from support.flags import parse_args, stop
-from support.logs import mean, steps_bar
+from support.flags import parse_args
 
 LOSSES = ("losses/actor", "losses/critic", "losses/clip_fraction", "flow/noise")
 GAE_LAMBDA, CRITIC_LR, WARMUP = 0.95, 1e-3, 2  # WARMUP: iterations in which V alone learns
@@ -90,57 +82,36 @@ class NoisyFlow(nn.Module):
 
 if __name__ == "__main__":
     args = parse_args(Args, __doc__)
-    check_limits(args, "rollout_decisions", 1)
-    check_limits(args, "clip_eps noise", 1e-9)
+    shared.check_limits(args, "rollout_decisions", 1)
+    shared.check_limits(args, "clip_eps noise", 1e-9)
     suite, base = shared.start_baseline(args)
 
     # ---- base, its noise, V ----
     device = base.device
     S, D, E = base.state_dim, base.latent_dim, args.num_envs
-    torch.manual_seed(args.seed)
-    policy = NoisyFlow(copy.deepcopy(base).requires_grad_(True), args.noise).to(device)
+    policy = NoisyFlow(base.requires_grad_(True), args.noise).to(device)
     critic = QEnsemble(S, 0, 1).to(device)  # V(s): a Q without latents
     actor_adam = torch.optim.Adam(policy.parameters(), args.actor_lr)
     critic_adam = torch.optim.Adam(critic.parameters(), CRITIC_LR)
-    generator = torch.Generator(device).manual_seed(args.seed)
-    env_steps, iteration, recent = 0, 0, deque(maxlen=100)  # recent: success of the last training episodes
+    generator, iteration = torch.Generator(device).manual_seed(args.seed), 0
 
     def value(s):
         return critic(s, s[:, :0])[0]
 
-    kind = f"flow_noise_{args.task}"
-    folder, metrics, episodes = shared.start_files(args, kind, LOSSES)
     with shared.clean_end(), Workers(suite.build, suite.tasks, args.num_workers) as workers:
-        whole = workers, suite.tasks, suite.starts[: args.eval_episodes], suite.limit, episodes
-        evaluate("base", lambda s, noise: noise, base, *whole)
-        evaluate("zero latents", lambda s, noise: 0 * noise, base, *whole)
-        envs = TrainingEnvs(workers, suite.tasks, E, suite.draw_start, suite.limit, args.seed)
-        bar = steps_bar(args.total_env_steps)
-        s, _ = base.encode(envs.observations)
-
-        while env_steps < args.total_env_steps:
-            iteration, steps_before, clock = iteration + 1, env_steps, time.perf_counter()
-            to_go = max(0.0, 1 - env_steps / args.total_env_steps)
-            actor_adam.param_groups[0]["lr"] = args.actor_lr * to_go
+        run = shared.Run(args, suite, base, workers, f"flow_noise_{args.task}", LOSSES)
+        while run.to_go > 0:
+            actor_adam.param_groups[0]["lr"] = args.actor_lr * run.to_go
+            iteration, rows = iteration + 1, []
 
             # ---- rollout ----
-            rows = []
             for _ in range(args.rollout_decisions):
                 w = torch.randn(E, D, generator=generator, device=device)
-                points = policy.sample(w, s, generator)  # (E, K + 1, D)
+                points = policy.sample(w, run.s, generator)  # (E, K + 1, D)
                 with torch.no_grad():
-                    log_density, _ = policy.log_density(points, s)
-                    step = envs.step(policy.base.actions(points[:, -1]).cpu().numpy())
-                env_steps += int(step["num_steps"].sum())
-                bar.update(int(step["num_steps"].sum()))
-                r = step["success"] * GAMMA ** (step["num_steps"] - 1.0)  # of a decision
-                row = dict(r=r, discount=GAMMA ** step["num_steps"], terminated=step["terminated"])
-                row["ended"] = step["terminated"] | step["truncated"]
-                recent.extend(step["success"][row["ended"]])
-                row = {k: torch.as_tensor(v).float().to(device) for k, v in row.items()}
-                s_next = base.encode(step["last_observation"])[0]
-                rows.append(dict(row, s=s, points=points, log_density=log_density, s_next=s_next))
-                s, _ = base.encode(envs.observations)
+                    log_density, _ = policy.log_density(points, run.s)
+                    actions = base.actions(points[:, -1])
+                rows.append(run.step(actions, s=run.s, points=points, log_density=log_density))
             rollout = {k: torch.stack([row[k] for row in rows]) for k in rows[0]}  # (T, E, …)
 
             # ---- GAE, then PPO ----
@@ -172,20 +143,7 @@ if __name__ == "__main__":
                     cut = ((rho - 1).abs() > args.clip_eps).float().mean()
                     infos.append([x.item() for x in (loss, loss_critic, cut, sigma)])
             torch.set_num_threads(1)
-            if infos and not np.isfinite(infos[-1]).all():
-                stop("a loss became NaN or infinite; try a lower --actor-lr", code=1)
-
-            # ---- log, evaluate, save ----
-            speed = (env_steps - steps_before) / (time.perf_counter() - clock)
-            row = shared.charts(env_steps, recent, speed, rollout["points"][:, :, 0].flatten(0, 1))
-            row |= dict(zip(LOSSES, np.mean(infos, 0))) if infos else {}
-            bar.set_postfix(success=mean(recent), refresh=False)
-            last = env_steps >= args.total_env_steps
-            if last or env_steps // args.eval_every > steps_before // args.eval_every:
-                checkpoint = dict(policy=policy.state_dict(), task=kind, env_steps=env_steps)
-                where = policy.base, workers, suite, args, episodes, folder, checkpoint, last
-                row["eval/success"] = shared.evaluate_and_save(lambda s, noise: noise, *where)
-            metrics.write(row)
-        evaluate("zero noise", lambda s, noise: 0 * noise, policy.base, *whole, env_steps)
-    print_result(folder, suite.names)
-    print(f"{env_steps:,} environment steps, files in {folder}")
+            x = rollout["points"][:, :, 0].flatten(0, 1)
+            run.log(x, infos, lambda s, noise: noise)
+        run.evaluate("zero noise", lambda s, noise: 0 * noise)
+        run.print_result()

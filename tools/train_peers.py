@@ -3,6 +3,7 @@
     python tools/train_peers.py --update fpo --seed 1       # FPO of McAllister et al., arXiv 2507.21053
     python tools/train_peers.py --update fpo++ --seed 1     # FPO++, arXiv 2602.02481
     python tools/train_peers.py --update nft --seed 1       # DiffusionNFT, arXiv 2509.16117
+    python tools/train_peers.py --update cloning --seed 1   # a control
 
 Same frozen base, environments, critics, evaluation and fresh latents with the critics' advantages A as the
 train scripts with their default flags. With ℓ_i the CFM loss of one draw of (u, ε), and Δ_i = c (ℓ_i of
@@ -11,41 +12,38 @@ train scripts with their default flags. With ℓ_i the CFM loss of one draw of (
     fpo      -min(ρ A, clip(ρ, 1 ± ε) A), ρ = exp(mean_i Δ_i): nothing standardised, no fit of own latents
     fpo++    for each draw, ρ_i = exp(Δ_i): the same where A ≥ 0, -ρ_i A + |A| (ρ_i - 1)² / 2ε where A < 0
     nft      r |v_θ - v|² + (1 - r) |2 v_old - v_θ - v|², v = x - ε, r = ½ + ½ clip(A, -1, 1)
+    cloning  mean_i ℓ_i of the newest executed latents of episodes that succeeded: no critic, ratio, advantage
 
-It writes args.json, metrics.csv, eval.csv, table.csv, last.pt. An interrupted run starts anew.
+It writes args.json, metrics.csv, eval.csv, table.csv. An interrupted run starts anew.
 """
 
 import copy
-import time
-from collections import deque
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 import shared  # first: it makes the folder above known
-import numpy as np
 import torch
-from shared import GAMMA, check_limits
 
-from envs.episodes import TrainingEnvs
 from envs.workers import Workers
-from evaluate import evaluate, latents_of, print_result
+from evaluate import latents_of
 from fpo_actor import FlowActor, draw_flow_noise
 from fpo_buffer import TrajectoryBuffer
 from fpo_critic import QEnsemble, critic_loss, draw_states, latent_advantage, n_step, polyak_update, td_target
 from support.ranks import CPUS, SIMULATORS
-from support.flags import parse_args, stop
-from support.logs import mean, steps_bar
+from support.flags import parse_args
 
 # as in the train scripts
 FLOW_STEPS, CRITIC_BATCH, TAU, ROLLOUT_DECISIONS, WINDOW, WARMUP = 4, 128, 0.05, 5, 80, 4
 CRITIC_STEPS, TD_DECISIONS, NUM_CRITICS, CRITIC_LR = 160, 10, 5, 3e-3
 ACTOR_STATES, ACTOR_CHOICE, FRESH_LATENTS, NOISE_SCALE = 1600, 4, 8, 0.7
+CLONED = 2000  # of executed latents
 LOSSES = ("losses/actor", "losses/critic", "losses/cfm_loss", "losses/clip_fraction")
 
 
 @dataclass
 class Args:
-    update: Literal["fpo", "fpo++", "nft"]  # whose update
+    update: Literal["fpo", "fpo++", "nft", "cloning"]  # whose update
     task: shared.Task = "aloha"  # the task, or the suite of tasks, to train on
     seed: int = 1  # of the networks, every draw and the training episodes
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where the networks run; auto is CUDA if there is one
@@ -76,6 +74,8 @@ def actor_loss(actor, old, x, s, adv, args, generator):
         v_old = old.velocity(x_u, u, s)
     v_new = actor.velocity(x_u, u, s)
     cfm = (v_new - v).square().mean(1)
+    if args.update == "cloning":
+        return cfm.mean(), cfm.mean(), torch.zeros(())
     if args.update == "nft":
         r = 0.5 + 0.5 * adv.clamp(-1, 1)
         other = (2 * v_old - v_new - v).square().mean(1)
@@ -94,14 +94,13 @@ def actor_loss(actor, old, x, s, adv, args, generator):
 
 if __name__ == "__main__":
     args = parse_args(Args, __doc__)
-    check_limits(args, "num_draws", 1)
-    check_limits(args, "clip_eps scale", 1e-9)
+    shared.check_limits(args, "num_draws", 1)
+    shared.check_limits(args, "clip_eps scale", 1e-9)
     suite, base = shared.start_baseline(args)
 
     # ---- frozen base, actor, critics, trajectories ----
     device = base.device
     S, D, E = base.state_dim, base.latent_dim, args.num_envs
-    torch.manual_seed(args.seed)
     actor = FlowActor(S, D).to(device)
     critic = QEnsemble(S, D, NUM_CRITICS).to(device)
     old, target = copy.deepcopy(actor), copy.deepcopy(critic)
@@ -109,65 +108,53 @@ if __name__ == "__main__":
     critic_adam = torch.optim.Adam(critic.parameters(), CRITIC_LR, fused=True)
     generator = torch.Generator(device).manual_seed(args.seed)
     buffer, iteration = TrajectoryBuffer(WINDOW), 0
-    env_steps, recent = 0, deque(maxlen=100)  # recent: success of the last training episodes
-    policies, kind = latents_of(actor, FLOW_STEPS, NOISE_SCALE), f"{args.update}_{args.task}"
+    c = 1.0 if args.update == "cloning" else NOISE_SCALE  # fitted to itself it would narrow
+    policies = latents_of(actor, FLOW_STEPS, c)
 
-    folder, metrics, episodes = shared.start_files(args, kind, LOSSES)
     with shared.clean_end(), Workers(suite.build, suite.tasks, args.num_workers) as workers:
-        whole = base, workers, suite.tasks, suite.starts[: args.eval_episodes], suite.limit, episodes
-        for policy in ("base", "zero latents"):
-            evaluate(policy, policies[policy], *whole)
-        envs = TrainingEnvs(workers, suite.tasks, E, suite.draw_start, suite.limit, args.seed)
-        bar = steps_bar(args.total_env_steps)
-        s, context = base.encode(envs.observations)
-
-        while env_steps < args.total_env_steps:
-            iteration, steps_before, clock = iteration + 1, env_steps, time.perf_counter()
-            to_go = max(0.0, 1 - env_steps / args.total_env_steps) if args.anneal_lr else 1.0
-            actor_adam.param_groups[0]["lr"] = args.actor_lr * to_go
+        run = shared.Run(args, suite, base, workers, f"{args.update}_{args.task}", LOSSES)
+        while run.to_go > 0:
+            actor_adam.param_groups[0]["lr"] = args.actor_lr * (run.to_go if args.anneal_lr else 1)
+            iteration, rows = iteration + 1, []
 
             # ---- rollout ----
-            rows = []
             for _ in range(ROLLOUT_DECISIONS):
-                noise = NOISE_SCALE * torch.randn(E, D, generator=generator, device=device)
-                x = actor.sample(s, FLOW_STEPS, noise=noise)  # (E, D)
-                step = envs.step(base.decode(context, x).cpu().numpy())
-                env_steps += int(step["num_steps"].sum())
-                bar.update(int(step["num_steps"].sum()))
-                r = step["success"] * GAMMA ** (step["num_steps"] - 1.0)  # of a decision
-                row = dict(r=r, discount=GAMMA ** step["num_steps"], terminated=step["terminated"])
-                row["ended"] = step["terminated"] | step["truncated"]
-                recent.extend(step["success"][row["ended"]])
-                row = {k: torch.as_tensor(v).float().to(device) for k, v in row.items()}
-                rows.append(dict(row, s=s, x=x, s_next=base.encode(step["last_observation"])[0]))
-                s, context = base.encode(envs.observations)
+                noise = c * torch.randn(E, D, generator=generator, device=device)
+                x = actor.sample(run.s, FLOW_STEPS, noise=noise)  # (E, D)
+                rows.append(run.step(base.decode(run.context, x), s=run.s, x=x))
             buffer.push({k: torch.stack([row[k] for row in rows]) for k in rows[0]})
 
             # ---- update: the critics, then the actor ----
             torch.set_num_threads(min(CPUS, 4))
             w = {k: buffer.flat(k) for k in rows[0]}  # (W T E, …)
-            noise = NOISE_SCALE * torch.randn(len(w["r"]), D, generator=generator, device=device)
-            w["x_next"], infos = actor.sample(w["s_next"], FLOW_STEPS, noise=noise), []
-            r_n, discount_n, end = n_step(w["r"], w["discount"], w["ended"], E, TD_DECISIONS)
-            for _ in range(CRITIC_STEPS):
-                i = torch.randint(len(w["r"]), (CRITIC_BATCH,), generator=generator, device=device)
-                of_end = (w[k][end[i]] for k in ("terminated", "s_next", "x_next"))
-                y = td_target(target, r_n[i], discount_n[i], *of_end, (0, 1))
-                loss_critic = critic_loss(critic, w["s"][i], w["x"][i], y)
-                critic_adam.zero_grad()
-                loss_critic.backward()
-                critic_adam.step()
-                polyak_update(target, critic, TAU)
-            drawn = ACTOR_CHOICE * ACTOR_STATES
-            s_c = w["s"][torch.randint(len(w["r"]), (drawn,), generator=generator, device=device)]
-            pair = actor.sample(s_c.repeat_interleave(2, 0), FLOW_STEPS, generator).view(-1, 2, D)
-            s_c = s_c[draw_states(critic, s_c, pair, ACTOR_STATES, generator)]
-            s_a = s_c.repeat_interleave(FRESH_LATENTS, 0)
-            x_a = actor.sample(s_a, FLOW_STEPS, generator)
-            adv = latent_advantage(critic, s_c, x_a.view(len(s_c), -1, D)).flatten()
+            infos = []
+            if args.update == "cloning":  # decisions after which there was a reward in their episode
+                one, whole = torch.ones_like(w["r"]), math.ceil(suite.limit / base.chunk_steps)
+                good = torch.nonzero(n_step(w["r"], one, w["ended"], E, whole)[0]).flatten()[-CLONED:]
+                s_a, x_a, adv, loss_critic = w["s"][good], w["x"][good], one[good], torch.zeros(())
+            else:
+                noise = c * torch.randn(len(w["r"]), D, generator=generator, device=device)
+                w["x_next"] = actor.sample(w["s_next"], FLOW_STEPS, noise=noise)
+                r_n, discount_n, end = n_step(w["r"], w["discount"], w["ended"], E, TD_DECISIONS)
+                for _ in range(CRITIC_STEPS):
+                    i = torch.randint(len(w["r"]), (CRITIC_BATCH,), generator=generator, device=device)
+                    of_end = (w[k][end[i]] for k in ("terminated", "s_next", "x_next"))
+                    y = td_target(target, r_n[i], discount_n[i], *of_end, (0, 1))
+                    loss_critic = critic_loss(critic, w["s"][i], w["x"][i], y)
+                    critic_adam.zero_grad()
+                    loss_critic.backward()
+                    critic_adam.step()
+                    polyak_update(target, critic, TAU)
+                drawn = ACTOR_CHOICE * ACTOR_STATES
+                s_c = w["s"][torch.randint(len(w["r"]), (drawn,), generator=generator, device=device)]
+                pair = actor.sample(s_c.repeat_interleave(2, 0), FLOW_STEPS, generator).view(-1, 2, D)
+                s_c = s_c[draw_states(critic, s_c, pair, ACTOR_STATES, generator)]
+                s_a = s_c.repeat_interleave(FRESH_LATENTS, 0)
+                x_a = actor.sample(s_a, FLOW_STEPS, generator)
+                adv = latent_advantage(critic, s_c, x_a.view(len(s_c), -1, D)).flatten()
             old.load_state_dict(actor.state_dict())
             order, k = torch.randperm(len(adv), generator=generator, device=device), args.minibatch_size
-            for j in range(args.updates if iteration > WARMUP else 0):
+            for j in range(args.updates if iteration > WARMUP and len(adv) else 0):
                 i = order.roll(-j * k)[:k]
                 loss, *info = actor_loss(actor, old, x_a[i], s_a[i], adv[i], args, generator)
                 actor_adam.zero_grad()
@@ -176,20 +163,6 @@ if __name__ == "__main__":
                 actor_adam.step()
                 infos.append([v.item() for v in (loss, loss_critic / NUM_CRITICS, *info)])
             torch.set_num_threads(1)
-            if infos and not np.isfinite(infos[-1]).all():
-                stop("a loss became NaN or infinite; try a lower --actor-lr", code=1)
-
-            # ---- log, evaluate, save ----
-            speed = (env_steps - steps_before) / (time.perf_counter() - clock)
-            row = shared.charts(env_steps, recent, speed, torch.cat([row["x"] for row in rows]))
-            row |= dict(zip(LOSSES, np.mean(infos, 0))) if infos else {}
-            bar.set_postfix(success=mean(recent), refresh=False)
-            last = env_steps >= args.total_env_steps
-            if last or env_steps // args.eval_every > steps_before // args.eval_every:
-                checkpoint = dict(actor=actor.state_dict(), task=kind, env_steps=env_steps)
-                where = policies["tuned"], base, workers, suite, args, episodes, folder
-                row["eval/success"] = shared.evaluate_and_save(*where, checkpoint, last)
-            metrics.write(row)
-        evaluate("zero noise", policies["zero noise"], *whole, env_steps)
-    print_result(folder, suite.names)
-    print(f"{env_steps:,} environment steps, files in {folder}")
+            run.log(torch.cat([row["x"] for row in rows]), infos, policies["tuned"])
+        run.evaluate("zero noise", policies["zero noise"])
+        run.print_result()

@@ -8,33 +8,26 @@ Same frozen base, environments, critics, rewards and evaluation as FPO. The acto
 starts close to N(0, I); its temperature follows a target entropy. Transitions are kept and replayed; nothing
 is on-policy. Noise-aliased, critics of actions learn from the transitions, and those of latents, which the
 actor follows, are fitted to them at latents from N(0, I), which the base turns into actions. It writes
-args.json, metrics.csv, eval.csv, table.csv, last.pt. An interrupted run starts anew.
+args.json, metrics.csv, eval.csv, table.csv. An interrupted run starts anew.
 """
 
 import copy
 import math
-import time
-from collections import deque
 from dataclasses import dataclass
 from typing import Literal
 
 import shared  # first: it makes the folder above known
-import numpy as np
 import torch
-from shared import GAMMA, check_limits
 from torch import nn
 
-from envs.episodes import TrainingEnvs
 from envs.workers import Workers
-from evaluate import evaluate, print_result
 from fpo_critic import QEnsemble, critic_loss, n_step, polyak_update, td_target
 from support.ranks import CPUS, SIMULATORS
-from support.flags import parse_args, stop
-from support.logs import mean, steps_bar
+from support.flags import parse_args
 
 BOUND = 3.0  # latents lie within ± this; FPO's have no bound
 NUM_CRITICS, TAU = 5, 0.05  # as FPO's
-LOSSES = ("losses/actor", "losses/critic", "sac/entropy", "critic/q_mean")  # columns of metrics.csv
+LOSSES = ("losses/actor", "losses/critic", "sac/entropy", "critic/q_mean", "sac/temperature")
 
 
 @dataclass
@@ -89,16 +82,15 @@ class TanhGaussianActor(nn.Module):
 
 if __name__ == "__main__":
     args = parse_args(Args, __doc__)
-    check_limits(args, "td_decisions", 1)
-    check_limits(args, "warmup_decisions", 0)
-    check_limits(args, "critic_lr temperature", 1e-9)
-    check_limits(args, "target_entropy", -10, 1.41)
+    shared.check_limits(args, "td_decisions", 1)
+    shared.check_limits(args, "warmup_decisions", 0)
+    shared.check_limits(args, "critic_lr temperature", 1e-9)
+    shared.check_limits(args, "target_entropy", -10, 1.41)
     suite, base = shared.start_baseline(args)
 
     # ---- frozen base, actor, critics, temperature α ----
     device = base.device
     S, D, E = base.state_dim, base.latent_dim, args.num_envs
-    torch.manual_seed(args.seed)
     actor = TanhGaussianActor(S, D).to(device)
     critic = QEnsemble(S, D, NUM_CRITICS).to(device)
     knots = len(base.chunk_mean) - 1  # of a chunk; between them actions are interpolated
@@ -113,9 +105,8 @@ if __name__ == "__main__":
     learner_adam = torch.optim.Adam(learner.parameters(), args.critic_lr)
     alpha_adam = torch.optim.Adam([log_alpha], args.actor_lr)
     generator = torch.Generator(device).manual_seed(args.seed)
-    env_steps, recent = 0, deque(maxlen=100)  # recent: success of the last training episodes
     replay, decisions, owed = {}, 0, 0.0  # owed: gradient steps
-    latents, infos, logged_steps = [], [], 0  # since the last row of metrics.csv, and when that was
+    latents, infos = [], []  # since the last row of metrics.csv
 
     def noise(s):
         return torch.randn(len(s), D, generator=generator, device=device)
@@ -134,35 +125,18 @@ if __name__ == "__main__":
         adam.step()
 
     kind = f"{'dsrl_na' if args.noise_aliased else 'sac'}_{args.task}"
-    folder, metrics, episodes = shared.start_files(args, kind, [*LOSSES, "sac/temperature"])
     with shared.clean_end(), Workers(suite.build, suite.tasks, args.num_workers) as workers:
-        whole = base, workers, suite.tasks, suite.starts[: args.eval_episodes], suite.limit, episodes
-        evaluate("base", lambda s, noise: noise, *whole)
-        evaluate("zero latents", lambda s, noise: 0 * noise, *whole)
-        envs = TrainingEnvs(workers, suite.tasks, E, suite.draw_start, suite.limit, args.seed)
-        bar, clock = steps_bar(args.total_env_steps), time.perf_counter()
-        s, context = base.encode(envs.observations)
-
-        while env_steps < args.total_env_steps:
+        run = shared.Run(args, suite, base, workers, kind, LOSSES)
+        while run.to_go > 0:
             # ---- one decision in every environment ----
-            steps_before = env_steps
+            s = run.s
             with torch.no_grad():
                 x = noise(s) if decisions < args.warmup_decisions else actor(s, noise(s))[0]  # (E, D)
             latents.append(x)
-            step = envs.step(base.decode(context, x).cpu().numpy())
-            recent.extend(step["success"][step["terminated"] | step["truncated"]])
-            env_steps += int(step["num_steps"].sum())
-            bar.update(int(step["num_steps"].sum()))
-            discount = GAMMA ** step["num_steps"]  # and the reward of a decision as in the train scripts
-            r = step["success"] * GAMMA ** (step["num_steps"] - 1.0)
-            row = dict(r=r, discount=discount, terminated=step["terminated"])
-            row["ended"] = step["terminated"] | step["truncated"]
-            row = {k: torch.as_tensor(v).float().to(device) for k, v in row.items()}
-            row.update(s=s, a=taken(s, x), s_next=base.encode(step["last_observation"])[0])
+            row = run.step(base.decode(run.context, x), s=s, a=taken(s, x))
             # everything ever seen is replayed: 20 thousand decisions are a few MB
             replay = {k: torch.cat([replay[k], v]) for k, v in row.items()} if replay else row
             decisions += E
-            s, context = base.encode(envs.observations)
 
             # ---- update ----
             torch.set_num_threads(min(CPUS, 4))
@@ -189,31 +163,11 @@ if __name__ == "__main__":
                 loss_actor = (alpha * log_new - q).mean()
                 descend(actor_adam, loss_actor)
                 descend(alpha_adam, -(log_alpha * (log_new.detach() + args.target_entropy * D)).mean())
-                parts = loss_actor, loss_critic / NUM_CRITICS, -log_new.mean() / D, q.mean()
+                parts = loss_actor, loss_critic / NUM_CRITICS, -log_new.mean() / D, q.mean(), alpha
                 infos.append([part.item() for part in parts])
             torch.set_num_threads(1)
-            if infos and not np.isfinite(infos[-1]).all():
-                stop("a loss became NaN or infinite; try a lower --actor-lr or --critic-lr", code=1)
-
-            # ---- log, evaluate, save: every ten decisions, and where an evaluation is due ----
-            last = env_steps >= args.total_env_steps
-            due = last or env_steps // args.eval_every > steps_before // args.eval_every
-            if not due and decisions % (10 * E):
-                continue
-            speed = (env_steps - logged_steps) / (time.perf_counter() - clock)
-            row = shared.charts(env_steps, recent, speed, torch.cat(latents))
-            row |= dict(zip(LOSSES, np.mean(infos, 0))) if infos else {}
-            row["sac/temperature"] = log_alpha.exp().item()
-            bar.set_postfix(success=mean(recent), refresh=False)
-            if due:
-                checkpoint = dict(actor=actor.state_dict(), critic=critic.state_dict())
-                checkpoint |= dict(task=kind, env_steps=env_steps)
-                where = lambda s, noise: actor(s, noise)[0], base, workers, suite, args, episodes, folder
-                row["eval/success"] = shared.evaluate_and_save(*where, checkpoint, last)
-            metrics.write(row)
-            latents, infos, logged_steps, clock = [], [], env_steps, time.perf_counter()
-
-        # without the noise that the target entropy keeps up
-        evaluate("tuned mean", lambda s, noise: actor.mode(s), *whole, env_steps)
-    print_result(folder, suite.names)
-    print(f"{env_steps:,} environment steps, files in {folder}")
+            if run.due or decisions % (10 * E) == 0:
+                run.log(torch.cat(latents), infos, lambda s, noise: actor(s, noise)[0])
+                latents, infos = [], []
+        run.evaluate("tuned mean", lambda s, noise: actor.mode(s))  # without the noise that the entropy keeps
+        run.print_result()
