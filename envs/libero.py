@@ -173,8 +173,7 @@ class Simulator:
         joints = [*controller.qpos_index, *robot._ref_gripper_joint_pos_indexes]
         actuators = [*robot._ref_joint_actuator_indexes, *robot._ref_joint_gripper_actuator_indexes]
         assert joints == actuators == list(range(9)) and list(controller.qvel_index) == list(range(7))
-        self.rest = np.array(robot.init_qpos)
-        robot.initialization_noise = dict(type="gaussian", magnitude=ARM_NOISE)
+        self.rest = np.concatenate([robot.init_qpos, robot.gripper.init_qpos])
         # where reset leaves the controller's goal, whatever state follows
         self.rest_rotation = np.array(controller.goal_ori)
         self.gripper, self.goal_rotation = np.zeros(2), self.rest_rotation.copy()
@@ -183,12 +182,12 @@ class Simulator:
         self.site = model.site(controller.eef_name).id
         self.M, self.jacobian = np.zeros((model.nv, model.nv)), np.zeros((6, model.nv))
         self.hand, self.hand_rotation = data.site_xpos[self.site], data.site_xmat[self.site].reshape(3, 3)
-        self.driven = (data.ctrl, self.gripper, model.actuator_ctrlrange, self.rest, data.qfrc_bias)
+        self.driven = (data.ctrl, self.gripper, model.actuator_ctrlrange, self.rest[ARM], data.qfrc_bias)
         self.sensed = (self.M, self.jacobian, data.qpos, data.qvel, self.hand, self.hand_rotation)
         # robosuite's controller first looks at the arm when it is built, and after a reset it drives one
         # substep on that memory
         mujoco.mj_resetData(model, data)
-        data.qpos[ARM] = self.rest
+        data.qpos[ARM] = self.rest[ARM]
         mujoco.mj_forward(model, data)
         self._sense()
         self.remembered = tuple(array.copy() for array in self.sensed)
@@ -211,24 +210,38 @@ class Simulator:
         return chunk.state, chunk.observation
 
     def _place(self, seed):
-        """Draw joints and poses as LIBERO does, from a generator of our own."""
+        """Draw joints and poses as BDDLBaseDomain._reset_internal does, from a generator of our own."""
         from robosuite.utils.errors import RandomizationError
 
+        env, data = self.env, self.data
         before = np.random.get_state()  # LIBERO's samplers draw from numpy's global generator
         np.random.seed(seed)
         try:
             for attempt in range(100):
-                mujoco.mj_resetData(self.model, self.data)
+                noise = ARM_NOISE * np.random.randn(7)
+                mujoco.mj_resetData(self.model, data)
                 # as a hard reset does: what stands on a fixture is drawn relative to that
                 self._set_fixtures(self.fixtures_rest)
+                data.qpos[:9] = self.rest
+                data.qpos[ARM] += noise
+                for sampler in env.object_property_initializers:
+                    env.object_states_dict[sampler.name].set_joint(sampler.sample())
+                mujoco.mj_step1(self.model, data)
                 with contextlib.suppress(RandomizationError):  # no room beside each other: draw again
-                    self.env._reset_internal()
+                    placements = env.placement_initializer.sample()
+                    placements = env.conditional_placement_initializer.sample(env.sim, placements)
+                    placements = env.conditional_placement_on_objects_initializer.sample(placements)
                     break
             else:
                 raise RuntimeError(f"no placement without overlap in 100 tries for task {self.task_id}")
         finally:
             np.random.set_state(before)
-        self.data.qacc_warmstart[:] = 0  # robosuite makes its controller anew, which runs the physics
+        for position, quaternion, thing in placements.values():
+            if thing.name in env.fixtures_dict:
+                body = self.model.body(thing.root_body).id
+                self.model.body_pos[body], self.model.body_quat[body] = position, quaternion
+            else:
+                env.sim.data.set_joint_qpos(thing.joints[-1], np.concatenate([position, quaternion]))
 
     # ---- control ----
 

@@ -5,20 +5,30 @@ and then every rank does the same update on all of it with the same draws; so n 
 the same algorithm, on the same draws, as one rank of n·m.
 """
 
+import contextlib
 import os
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from joblib import cpu_count
 from torch.distributed.rendezvous import rendezvous
 
 from support.flags import RANK, RESTARTS, stop
 
 
+def cores(cgroup=Path("/sys/fs/cgroup")):
+    """How many cores this process may use, fewer than there are where a container has a quota."""
+    free = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # "max 100000" is no quota
+        quota, period = map(int, (cgroup / "cpu.max").read_text().split())
+        free = min(free, max(1, quota // period))
+    return free
+
+
 WORLD = int(os.environ.get("WORLD_SIZE") or 1)
 LOCAL_WORLD = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)  # ranks on this machine
-CPUS = max(1, cpu_count() // LOCAL_WORLD)  # of this rank, within a container's quota
+CPUS = max(1, cores() // LOCAL_WORLD)  # of this rank
 SIMULATORS = min(CPUS, 16)  # processes, where --num-workers is left out
 
 

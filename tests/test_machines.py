@@ -22,6 +22,7 @@ from packaging.requirements import Requirement
 from envs.physics import opengl_problem  # before mujoco
 from envs.libero import Simulator, official
 from helpers import ROOT, SIGNALS, SMALL, assert_refused, command, here, python, rows, script
+from support.ranks import cores
 from support.flags import resumed_args
 from support.logs import CsvLog, RunLogs
 from support.run_files import clean_end, new_run_folder, save_checkpoint, write_atomically
@@ -179,6 +180,15 @@ def test_a_damaged_cache_of_numba(tmp_path):
         assert files
         for file in files:  # a power cut
             file.write_bytes(b"")
+
+
+def test_cores_of_a_container(tmp_path):
+    free = len(os.sched_getaffinity(0))
+    assert cores(tmp_path) == free
+    quotas = {"max 100000": free, "150000 100000": 1, "50000 100000": 1, "9900000 100000": free}
+    for quota, expected in quotas.items():
+        (tmp_path / "cpu.max").write_text(quota)
+        assert cores(tmp_path) == expected
 
 
 @pytest.mark.slow

@@ -11,7 +11,6 @@ and one decode (ten steps of the action expert from its cache); the naive form p
 environment at a time.
 """
 
-import csv
 import subprocess
 import sys
 import tempfile
@@ -66,6 +65,8 @@ def seconds(function, repeat):
 
 def print_update(args, suite, base):
     """Print the update's share of an iteration, in half of a run with the default flags."""
+    from results import read_table  # not above: simulator processes do without pandas
+
     script = [sys.executable, shared.ROOT / f"train_{args.what}.py", "--base", base]
     if args.what == "libero":
         script += ["--suite", args.suite, "--task-ids", ",".join(map(str, suite.tasks))]
@@ -74,9 +75,10 @@ def print_update(args, suite, base):
     script += [text for k, v in flags.items() for text in (f"--{k.replace('_', '-')}", v)]
     with tempfile.TemporaryDirectory() as folder:
         command = [*map(str, script), "--run-name", "bench"]
-        subprocess.run(command, cwd=folder, check=True, capture_output=True)
-        with (Path(folder) / "runs/bench/metrics.csv").open() as file:
-            rows = list(csv.DictReader(file))
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        if done.returncode:
+            stop(f"a run ended with code {done.returncode}:\n{done.stderr[-1500:]}", code=1)
+        rows = read_table(Path(folder) / "runs/bench/metrics.csv")
     columns = "charts/rollout_seconds", "charts/update_seconds"
     rollout, update = (np.mean([float(row[column]) for row in rows]) for column in columns)
     share = update / (rollout + update)
