@@ -32,7 +32,7 @@ def test_header_says_how_it_was_made_and_what_it_reaches(base):
 @pytest.mark.parametrize(
     "suite, tasks, dim",  # of s: an old base sees the 59 numbers alone, a newer one four waves of 49 too
     [
-        ("libero_spatial", 9, 59),
+        ("libero_spatial", 10, 59 + 4 * 49),
         ("libero_object", 10, 59 + 4 * 49),
         ("libero_goal", 6, 59),
         ("libero_10", 6, 59),

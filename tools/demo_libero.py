@@ -45,15 +45,15 @@ LEAN = dict(pull=1.3, push=0.7, below=0.5, inside=0.85)
 # What is entered from the front: the way in, and the place from the middle of the region, in its frame
 INTO = dict(microwave=((0.0, 1.0, 0.0), (-0.055, -0.07, -0.061)))
 PLATE_RIM = 0.062  # m from the middle of a plate
-TILT = 0.25  # rad, by which the hand points ahead or back
+TILTS = (-0.4, 0.0)  # rad, by which the hand leans ahead and back: farther back it hardly grips
 WRONG = 10.0  # centimetres that the reach is led astray for each that the hand starts too high or low
-POINTS = 5.0  # rad by which it points back for each metre of that, so that its pose shows it on the way
+POINTS = 3.0  # rad by which it points back for each metre of that, so that its pose shows it on the way
 ROUNDS, CHANCE = 20, 0.08  # of the search for the edges: episodes, and how often one ends by chance
-MARGIN = 0.003  # m that a reach falls less short than the edge found, for the clone is less exact
+MARGIN = 0.010  # m that a reach falls less short than the edge found, for the clone is less exact
 WAIT = 12  # control steps above a place before the hand goes down
 BRIEF = 38  # control steps of a brief demonstration: two decisions of 16, begun up to five steps late
-# Where a hand that points ahead (0) or back (1) cannot grip: it points down
-UPRIGHT = {("libero_goal", 5): 0, ("libero_goal", 7): 0, ("libero_spatial", 5): 1, ("libero_spatial", 6): 1}
+# Where a hand that points ahead cannot grip
+OTHER_TILTS = {("libero_goal", 5): (0.0, 0.25), ("libero_goal", 7): (0.0, 0.25)}
 HELD = 0.9  # the most of its miss that the hand has in a demonstration of what follows the grasp
 APART = 0.052  # m from the middle of a place that two objects share
 
@@ -521,7 +521,7 @@ def demonstrate(simulators, task, start, aim, seed, limit, idle=20, push=0.0, re
         if record:
             frames.append(chunk.frames[-1])
         state, observation = chunk.state, chunk.observation
-        waited = waited + 1 if np.abs(command[:3]).max() < 0.05 and command[6] == OPEN else 0
+        waited = waited + 1 if np.abs(command[:6]).max() < 0.05 and command[6] == OPEN else 0
         if chunk.success.any() or waited >= idle:
             break
     else:
@@ -569,7 +569,7 @@ def table(args):
 
 
 def tilt_of(args, task, behaviour):
-    return 0.0 if UPRIGHT.get((args.suite, task)) == behaviour else (-TILT, TILT)[behaviour]
+    return OTHER_TILTS.get((args.suite, task), TILTS)[behaviour]
 
 
 def edges(workers, args, suite):
