@@ -4,10 +4,10 @@ It works from the goals in the task's BDDL file, with one short motion for each 
 above, carries it and lets go, in a drawer that it opens first or, from the front, in a microwave; it drags a
 plate by its rim, pulls a drawer open by its handle or pushes it shut, swings a door shut and turns a knob. It
 knows all poses and shapes, but its first reach falls short. Two distinct behaviours are shown from every
-start: the hand points *ahead* or *back*. Each reaches to the edge of where the grasp still holds, and is led
-astray by how high the hand starts (± 1 cm): pointing ahead it falls shorter the lower that is, pointing back
-the higher. So where the hand starts decides which of them works, and what lies between them reaches that edge
-only. Then it points down again and goes on as if it held the object.
+start: the hand points *ahead* or farther *back*. Each reaches to the edge of where the grasp still holds, and
+is led astray by how high the hand starts (± 1 cm): pointing ahead it falls shorter the lower that is,
+pointing back the higher. So where the hand starts decides which of them works, and what lies between them
+reaches that edge only. Then it points down again and goes on as if it held the object.
 
     python tools/demo_libero.py --task-ids 56                          # demos/libero_90_task56.npz
     python tools/demo_libero.py --suite libero_goal --task-ids 1,2     # demos/libero_goal_task1_2.npz
