@@ -1,5 +1,6 @@
 """Demonstrators, behaviour cloning, baselines and the other tools, and their bad input."""
 
+import contextlib
 import sys
 from itertools import product
 from types import SimpleNamespace
@@ -103,6 +104,23 @@ def test_the_search_for_the_edges_finds_them():
     args = SimpleNamespace(suite="libero_goal", seed=0)
     found = demo_libero.edges(SimpleNamespace(map=play), args, suite)
     assert all(np.allclose(found[k], known[k], atol=0.003) for k in known)
+
+
+def test_an_odd_number_of_demonstrations_keeps_their_behaviours_apart(monkeypatch):
+    import demo_libero
+
+    def play(_, tasks, starts, aims, *rest, **description):
+        tilts.extend(tilt for _, tilt, *_ in aims)
+        arrays = dict(observations=np.zeros((40, 59)), actions=np.zeros((40, 7)), pushed=np.zeros(40, bool))
+        return [dict(arrays, success=True, frames=None) for _ in tasks]
+
+    tilts, workers = [], contextlib.nullcontext(SimpleNamespace(map=play))
+    monkeypatch.setattr(demo_libero, "Workers", lambda *_, **__: workers)
+    suite = SimpleNamespace(tasks=[3, 7], limit=300, build=None, draw_start=lambda rng: rng.random())
+    args = demo_libero.Args(num_demos=2, num_brief=1, short=(4, 4))
+    demos, _ = demo_libero.make_demos(args, suite)
+    assert [demo_libero.TILTS[b] for b in demos["behaviour"]] == tilts
+    assert list(demos["task_id"]) == [3, 3, 3, 7, 7, 7] and list(demos["whole"]) == 2 * [True, True, False]
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
