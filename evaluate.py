@@ -18,7 +18,6 @@ import math
 import subprocess
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -132,17 +131,17 @@ def print_result(folder, names):
         print(f"{what}, left failed {failed}: {100 * (fixed - broken) / len(same):+.1f} points")
 
 
-def write_side_by_side(path, films, fps):
-    """Write an mp4 of two films side by side (Fig. 4a, 6). films: two arrays (T, height, width, 3) uint8."""
+def write_film(path, films, fps):
+    """Write an mp4 of films side by side (Fig. 4a, 6). films: arrays (T, height, width, 3) uint8."""
     import imageio.v2 as imageio
 
+    path.parent.mkdir(parents=True, exist_ok=True)
     n = max(map(len, films))  # an episode that is over waits on its last frame
     films = [np.concatenate([film, film[-1:].repeat(n - len(film), 0)]) for film in films]
-    partial = Path(path).with_suffix(".partial.mp4")
-    with imageio.get_writer(partial, fps=fps, macro_block_size=8) as writer:
-        for frame in np.concatenate(films, 2):
-            writer.append_data(frame)
-    os.replace(partial, path)
+    partial = path.with_suffix(".partial.mp4")
+    imageio.mimwrite(partial, np.concatenate(films, 2), fps=fps, macro_block_size=8)
+    partial.replace(path)
+    print(f"wrote {path}")
 
 
 def check_ffmpeg():
@@ -255,5 +254,4 @@ if __name__ == "__main__":
                     task, episode = before["task"][i], before["episode"][i]
                     frames = [result["frames"][i][::every] for result in (before, after)]
                     film = folder / f"{kind}_task{task}_episode{episode}.mp4"
-                    write_side_by_side(film, workers.render([task] * 2, frames), suite.fps / every)
-                    print(f"{kind}, base | tuned: {film}")
+                    write_film(film, workers.render([task] * 2, frames), suite.fps / every)

@@ -16,7 +16,6 @@ dimension. Flow matching: Lipman et al., arXiv 2210.02747. This file stands alon
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -104,13 +103,9 @@ class FlowBase(nn.Module):
     def save(self, path):
         """Write weights and header to `path`, in one piece: a reader sees the old file or the new one."""
         tensors = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
-        data = save(tensors, metadata={"header": json.dumps(self.header)})
-        part = f"{path}.part"
-        with open(part, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        part = Path(f"{path}.part")
+        part.write_bytes(save(tensors, metadata={"header": json.dumps(self.header)}))
+        part.replace(path)
 
     @classmethod
     def load(cls, path, device="cpu", task=None):
@@ -121,7 +116,7 @@ class FlowBase(nn.Module):
         if shipped:
             make = f"python tools/clone_base.py --task {Path(path).stem} --overwrite"
             fix = f"restore it with `git checkout {path}`, or make it with `{make}`"
-        if not os.path.isfile(path):
+        if not Path(path).is_file():
             raise ValueError(f"there is no base policy at {path}: {fix}.")
         try:
             with safe_open(str(path), framework="pt", device="cpu") as file:
@@ -143,8 +138,7 @@ class FlowBase(nn.Module):
                 raise ValueError(f"the tensor {name} of {path} has values that are not finite: {fix}.")
         base = cls(header)
         base.load_state_dict(tensors)
-        with open(path, "rb") as file:
-            base.sha256 = hashlib.sha256(file.read()).hexdigest()
+        base.sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
         base.device = torch.device(device)
         return base.to(device).eval().requires_grad_(False)
 
@@ -158,4 +152,4 @@ def knot_weights(chunk_steps, knots):
 
 
 def one_line(error):
-    return " ".join(str(error).split()) or type(error).__name__
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -25,6 +25,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from base.flow import one_line
+
 # SmolVLA has another prefix and cache; every other type has no noise of its own to choose
 STEERABLE = ("pi0", "pi05")
 BATCH = 32  # observations that PaliGemma sees at once
@@ -188,8 +190,6 @@ class Pi0Base:
         """The policy in a folder or on the hub. env: "libero" or "aloha", for lerobot's processors; dtype:
         "bfloat16" on a GPU and "float32" on a CPU if left out. ValueError, in one sentence, if it is not
         there or not whole."""
-        if path is None:
-            raise ValueError("name a policy, as lerobot/pi0_libero_finetuned_v044, or a folder.")
         try:
             from lerobot.configs import PreTrainedConfig
             from lerobot.envs.factory import make_env_config, make_env_pre_post_processors
@@ -290,7 +290,3 @@ def stack(observations):
     if isinstance(observations[0], dict):
         return {key: stack([o[key] for o in observations]) for key in observations[0]}
     return np.stack(observations)
-
-
-def one_line(error):
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -71,8 +71,6 @@ def cloned_tasks(suite, base):
     """The tasks that the base was cloned on: those that count. Stops if there is none."""
     tasks = [k for k in suite.tasks if k in base.header.get("task_ids", suite.tasks)]
     if not tasks:
-        stop(
-            f"--task-ids names tasks {suite.tasks} of {suite.name}, but the base was cloned on the tasks "
-            f"{base.header['task_ids']} alone; name some of them"
-        )
+        what = f"--task-ids names tasks {suite.tasks} of {suite.name}, but the base was cloned on the tasks"
+        stop(f"{what} {base.header['task_ids']} alone; name some of them")
     return tasks

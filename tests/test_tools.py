@@ -258,7 +258,7 @@ def test_monotonicity_end_to_end(tmp_path, monkeypatch):
         assert short("train_aloha.py", tmp_path, *command[2:], *SMALL, "--self-fit", 0.5).returncode == 0
 
     monkeypatch.setattr("subprocess.run", run)
-    flags = "--runs no_self_fit --total-env-steps 1200 --samples 8 --ode-steps 4 --out ."
+    flags = "--runs no_self_fit --total-env-steps 1200 --out ."
     result = tool("check_monotonicity", tmp_path, *flags.split())
     assert result.returncode == 0, result.stderr
     assert rows(tmp_path / "no_self_fit_seed1.csv")
@@ -398,8 +398,6 @@ def test_the_queue_lists_its_commands():
 RESULTS = ROOT / "results"
 BAD = {  # command: what its sentence says
     "run_ablations --rows aloha_everything": ["--rows has aloha_everything", "aloha/no_clip_"],
-    "check_monotonicity --samples 0": ["--samples is 0"],
-    "check_monotonicity --samples 321": ["--samples is 321", "160"],
     "check_monotonicity --runs --out junk.npz": ["--out is junk.npz", "folder"],
     "check_monotonicity --runs magic": ["--runs has magic"],
     "train_peers --update cloning --updates 0": ["--updates is 0"],
@@ -422,12 +420,10 @@ BAD = {  # command: what its sentence says
     "demo_libero --suite libero_goal --task-ids 12": ["--task-ids has 12", "0 to 9"],
     "demo_libero --push 2": ["--push is 2"],
     "demo_libero --short 4 20": ["--short is 4.0 20.0", "at most 10"],
-    "demo_libero --table-states 51": ["--table-states is 51"],
     "demo_libero --table --out junk.npz": ["--out junk.npz exists", "--overwrite"],
     "clone_base --steps -3": ["--steps is -3"],
     "clone_base --latent-dim 999": ["--latent-dim is 999"],
     "clone_base --knots 8": ["--knots is 8", "--chunk-steps"],
-    "clone_base --ema 1.0": ["--ema is 1.0"],
     "clone_base --demos junk.npz --out x": ["--demos", "junk.npz"],
     "clone_base --task libero_goal --eval-episodes 51": ["--eval-episodes is 51", "50"],
     "constant_latent --episodes 0": ["--episodes is 0"],

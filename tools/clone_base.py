@@ -38,7 +38,7 @@ UNDECIDED = 5  # control steps at an episode's start, in which the state does no
 # metres a radian at arm's length, of six joints; the gripper's full way counts as 0.1
 ALOHA_LEVERS = (0.5, 0.5, 0.4, 0.05, 0.2, 0.05, 0.1)
 NETWORK = dict(flow_steps=10, hidden=256, blocks=3)  # Euler steps from noise to chunk; width, residual blocks
-LR = 1e-3  # AdamW's first learning rate, decayed to 0 along a cosine
+LR, EMA = 1e-3, 0.995  # AdamW's first learning rate, falling to 0 along a cosine; decay of the weights kept
 # k of sin ks and cos ks that base, actor and critics see: a centimetre of the hand's way, which decides on
 # LIBERO, is 0.1 standard deviations. On ALOHA they gain nothing that shows.
 SINES = dict(sines=[4, 16], sines_of=49)  # all but the task's one-hot
@@ -58,7 +58,6 @@ class Args:
     steps: int | None = None  # gradient steps; 10000, libero_90_task56 9000, a suite 24000 if left out
     first: int | None = None  # how often a first decision counts; 10, for a suite 3 if left out
     batch: int = 512  # chunks a gradient step
-    ema: float = 0.995  # decay of the averaged weights, which are the ones kept
     eval_episodes: int | None = None  # a task, at the end, or 0; 200, 50, for a suite 20 if left out
     workers: int = 2  # simulator processes
 
@@ -161,7 +160,7 @@ def clone(base, demos, starts, whitened, args):
         loss.backward()
         optimizer.step()
         schedule.step()
-        decay = min(args.ema, step / (step + 10))  # short memory at first: forget the initial weights
+        decay = min(EMA, step / (step + 10))  # short memory at first: forget the initial weights
         with torch.no_grad():
             for k, p in base.named_parameters():
                 average[k].lerp_(p, 1 - decay)
@@ -213,7 +212,6 @@ def check(args):
     shared.check_limits(args, "chunk_steps steps first batch workers", 1)
     shared.check_limits(args, "seed", 0)
     shared.check_limits(args, "knots", 2)
-    shared.check_limits(args, "ema", 0, 1 - 1e-9)
     shared.check_limits(args, "latent_dim", 1, args.knots * (14 if args.task == "aloha" else 7))
     if args.chunk_steps % (args.knots - 1):
         stop(f"--knots is {args.knots}; knots - 1 must divide --chunk-steps, which is {args.chunk_steps}")
@@ -251,7 +249,7 @@ if __name__ == "__main__":
     whitened, header["explained_variance"] = fit(base, demos, starts, args)
     first = [starts[demos.behaviours[starts] == k] for k in (0, 1)]  # the second twice: paired_noise
     starts = torch.cat([starts, first[0].repeat(args.first - 1), first[1].repeat(2 * args.first - 1)])
-    training = dict(seed=args.seed, steps=args.steps, batch=args.batch, lr=LR, ema=args.ema)
+    training = dict(seed=args.seed, steps=args.steps, batch=args.batch, lr=LR, ema=EMA)
     loss = round(clone(base, demos, starts, whitened, args), 4)
     header["training"] = dict(training, state_noise=STATE_NOISE, loss=loss)
     base.eval()

@@ -34,7 +34,7 @@ ARM, NEAR = np.array([0.469, 0.5]), 0.371  # ALOHA's right arm, metres; half of 
 @dataclass
 class Args:
     task: shared.Task = "aloha"
-    base: str | None = None  # the frozen π_0; weights/<task>.safetensors if left out
+    base: str | None = None  # file, folder or hub name; weights/<task>.safetensors if left out
     per_task: bool = False  # one vector for each task of a suite, whose steps all count
     per_place: bool = False  # ALOHA: one vector for the nearer half of the cube's places, one for the others
     first_only: bool = False  # send the vector at an episode's first decision only, N(0, I) afterwards
@@ -71,9 +71,12 @@ if __name__ == "__main__":
     shared.check_limits(args, "total_env_steps best_of", 0)
     if args.per_task if args.task == "aloha" else args.per_place:
         stop(f"--task is {args.task}; --per-task is for LIBERO, --per-place for aloha")
-    suite = load_suite(shared.suite_of(args.task), shared.task_ids(args.task))
+    name = args.base or f"weights/{args.task}.safetensors"
+    pictures = not name.endswith(".safetensors")
+    suite = load_suite(shared.suite_of(args.task), shared.task_ids(args.task), pictures)
     shared.check_limits(args, "episodes", 1, len(suite.starts) if "evaluation" in args.states else 10**9)
-    base = load_base(args.base or f"weights/{args.task}.safetensors", Pi0Options(), suite, "cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    base = load_base(name, Pi0Options(), suite, device)
     tasks, out = cloned_tasks(suite, base), args.out or Path(f"results/constant_latent/{args.task}.csv")
     make_out_folder(out.parent)
     torch.set_num_threads(1)
@@ -96,7 +99,8 @@ if __name__ == "__main__":
         def act(observations):
             drawn = x is None or (next(decisions) and args.first_only and x.any())  # zero latents stay zero
             w = torch.randn(len(starts), base.latent_dim, generator=generator) if drawn else x
-            return base.decode(base.encode(np.asarray(observations))[1], w).numpy()
+            free = torch.randn(len(starts), base.free_dim, generator=generator)
+            return base.decode(base.encode(observations)[1], w.to(device), free.to(device)).cpu().numpy()
 
         result = play_episodes(workers, *zip(*starts), act, suite.limit)
         return result["success"], result["length"]  # control steps to the first success, as in training
@@ -108,10 +112,11 @@ if __name__ == "__main__":
         tqdm.write(f"{policy:24} {' '.join(map(str, more.values())):12} {name:10} {rate(good, n)}")
         write_table(out, rows)
 
-    with Workers(suite.build, tasks, args.workers) as workers:
+    with Workers(suite.build, tasks, args.workers, base.pictures) as workers:
         for name, starts in states.items():
-            report("zero latents", name, play(starts, None, np.zeros((len(starts), base.latent_dim)))[0])
             generator, solved = torch.Generator().manual_seed(0), np.zeros(len(starts), dtype=bool)
+            zeros = np.zeros((len(starts), base.latent_dim))
+            report("zero latents", name, play(starts, torch.Generator().manual_seed(0), zeros)[0])
             for attempt in range(1, args.best_of + 1):  # a state that is solved is not tried again
                 if len(left := np.flatnonzero(~solved)):
                     solved[left] = play([starts[i] for i in left], generator)[0]

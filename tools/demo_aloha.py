@@ -24,6 +24,7 @@ from pathlib import Path
 
 import shared  # first: it makes the folder above known
 from envs.aloha import FPS, HORIZON, TASK, Simulator, build, observe, sample_box_poses
+import imageio.v2 as imageio
 import mujoco  # after that, which picks the OpenGL library
 import numpy as np
 from gym_aloha.constants import START_ARM_POSE
@@ -32,6 +33,7 @@ from scipy.spatial.transform import Rotation
 
 from envs import load_suite
 from envs.workers import Workers
+from evaluate import write_film
 from support.flags import parse_args
 
 MODES = ("slide", "hook")
@@ -225,9 +227,10 @@ def run(args):
     episodes = [Simulator().render(frames[i][list(MOMENTS) if png else slice(None, None, 2)]) for i in first]
     if png:
         rows = [np.concatenate(list(pictures[:, 60:195]), 1) for pictures in episodes]  # the table only
-        shared.write_film(args.video, np.concatenate(rows)[::2, ::2], None)
+        args.video.parent.mkdir(parents=True, exist_ok=True)
+        imageio.imwrite(args.video, np.concatenate(rows)[::2, ::2])
     else:
-        shared.write_film(args.video, np.concatenate(episodes), FPS // 2)
+        write_film(args.video, [np.concatenate(episodes)], FPS // 2)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from tqdm import trange
 
 from envs import libero, load_suite
 from envs.workers import Workers
+from evaluate import write_film
 from support.flags import parse_args
 from support.logs import rate, write_table
 
@@ -327,7 +328,7 @@ class Demonstrator:
             if self.env._eval_predicate(goal):
                 break
         self.miss, rest = np.zeros(3), self.hand
-        yield from self._reach(rest, OPEN, 6)
+        yield from self._reach(rest, OPEN, 6, 0)
         yield from self._reach(rest + [0, 0, 0.10], OPEN, 15, 0.03)
 
     def _swing(self, goal):
@@ -545,14 +546,13 @@ class Args:
     out: Path | None = None  # demos/<suite>[_task<ids>].npz, or demonstrators.csv of results/
     overwrite: bool = False  # replace an existing file
     table: bool = False  # instead: looking all the time, from the official initial states of all 40 tasks
-    table_states: int = libero.OFFICIAL_STATES  # initial states a task of --table
     video: Path | None = None  # also write an mp4 with one episode of each behaviour (needs EGL)
 
 
 def table(args):
     """Success over the official initial states of the 40 tasks of one that looks, into args.out."""
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    rows, n = [], args.table_states
+    rows, n = [], libero.OFFICIAL_STATES
     for name in SUITES:
         suite = load_suite(name)
         with Workers(suite.build, suite.tasks, args.workers, timeout=3600) as workers:
@@ -625,14 +625,13 @@ def make_demos(args, suite):
     demos = {name: np.concatenate(columns[name]) for name in ("observations", "actions", "pushed")}
     demos.update(length=np.array([len(a) for a in columns["actions"]]), success=np.array(columns["success"]))
     demos.update(task_id=np.array(tasks)[kept], whole=kinds[kept] == "whole", behaviour=behaviour[kept])
-    return demos, [(tasks[i], results[i]["frames"]) for i in kept[: 2 if args.video else 0]]
+    return demos, [(tasks[i], results[i]["frames"]) for i in kept if films[i]]
 
 
 def run(args):
     """Make the demonstrations of `args`, print their success and write them to args.out (and args.video)."""
     shared.check_limits(args, "num_demos workers", 1)
     shared.check_limits(args, "num_brief num_held", 0)
-    shared.check_limits(args, "table_states", 1, libero.OFFICIAL_STATES)
     shared.check_limits(args, "seed", 0)
     shared.check_limits(args, "push", 0, 1)
     shared.check_limits(args, "short", 0, 10)
@@ -654,7 +653,7 @@ def run(args):
     if args.video:
         simulators = suite.build({k for k, _ in films})
         pictures = [simulators[k].render(frames[::2]) for k, frames in films]
-        shared.write_film(args.video, np.concatenate(pictures), libero.FPS // 2)
+        write_film(args.video, [np.concatenate(pictures)], libero.FPS // 2)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ Task = Literal[
 
 LIBERO_90 = [2, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 24, 25, 27, 29]
 
-# columns of metrics.csv that both baselines have
+# columns of metrics.csv that all baselines have
 METRICS = "charts/env_steps charts/success charts/SPS eval/success latent/norm latent/std".split()
 
 
@@ -73,7 +73,7 @@ def check_files(args, *suffixes):
 
 def write_demos(args, tool, demos, success):
     """Write the arrays `demos` to args.out, with what made them; print the success {part: (n,)}."""
-    hidden = ("workers", "out", "overwrite", "video", "table", "table_states")  # change nothing in the arrays
+    hidden = ("workers", "out", "overwrite", "video", "table")  # change nothing in the arrays
     settings = {k: v for k, v in vars(args).items() if k not in hidden}
     values = {k: " ".join(map(str, v)) if isinstance(v, tuple) else v for k, v in settings.items()}
     flags = [f"--{k.replace('_', '-')} {v}" for k, v in values.items() if v is not None]
@@ -88,18 +88,6 @@ def write_demos(args, tool, demos, success):
     np.savez_compressed(partial, settings=json.dumps(settings), **demos)
     partial.replace(args.out)
     print(f"wrote {args.out}")
-
-
-def write_film(path, pictures, fps):
-    """Write pictures (T, height, width, 3) uint8 to an .mp4, or a single one (height, width, 3) to a .png."""
-    import imageio.v2 as imageio  # ffmpeg
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".png":
-        imageio.imwrite(path, pictures)
-    else:
-        imageio.mimwrite(path, pictures, fps=fps, macro_block_size=1)
-    print(f"wrote {path}")
 
 
 # ---- of the tools train_*.py ----

@@ -6,8 +6,8 @@
     python tools/train_peers.py --update cloning --seed 1   # a control
 
 Same frozen base, environments, critics, evaluation and fresh latents with the critics' advantages A as the
-train scripts with their default flags. With ℓ_i the CFM loss of one draw of (u, ε), and Δ_i = c (ℓ_i of
-θ_old - ℓ_i of θ), minimised are
+train scripts with their default flags, but that A may be below -1. With ℓ_i the CFM loss of one draw of (u,
+ε), and Δ_i = c (ℓ_i of θ_old - ℓ_i of θ), minimised are
 
     fpo      -min(ρ A, clip(ρ, 1 ± ε) A), ρ = exp(mean_i Δ_i): nothing standardised, no fit of own latents
     fpo++    for each draw, ρ_i = exp(Δ_i): the same where A ≥ 0, -ρ_i A + |A| (ρ_i - 1)² / 2ε where A < 0
