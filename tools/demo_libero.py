@@ -52,7 +52,6 @@ POINTS = 3.0  # rad by which it points back for each metre of that, so that its 
 ROUNDS, CHANCE = 20, 0.08  # of the search for the edges: episodes, and how often one ends by chance
 MARGIN = 0.010  # m that a reach falls less short than the edge found, for the clone is less exact
 WAIT = 12  # control steps above a place before the hand goes down
-NEAR = dict(on=0.05)  # m above a place where it waits; elsewhere, as it travels, 0.16
 BRIEF = 38  # control steps of a brief demonstration: two decisions of 16, begun up to five steps late
 HELD = 0.9  # the most of its miss that the hand has in a demonstration of what follows the grasp
 APART = 0.052  # m from the middle of a place that two objects share
@@ -433,24 +432,23 @@ class Demonstrator:
             return
         if narrow is None and not looks:  # down again both behaviours place alike, with the arm bent
             self._turn_to(self.hand_rotation[:, 0])
-        # over the last 16 cm a clone strays by 3 to 5: it must decide once more from near the place
-        low, near = (min(carry, place[2] + h + carry_above) for h in (0.16, NEAR.get(goal[0], 0.16)))
+        low = min(carry, place[2] + 0.16 + carry_above)
         level = np.array([1, 1, 0])  # the hand keeps so far from the object as it holds it
-        apart, ways, waited = np.linalg.norm(self.hand - thing), [np.inf], 0
-        for _ in range(100):
+        apart, ways = np.linalg.norm(self.hand - thing), []
+        for _ in range(80):
             place = self._place(goal)
             away = np.linalg.norm((self.hand - grip)[:2]) > 0.15  # from what the object stood on
             there = place + held * level * (self.hand - thing)
-            height = carry if not away else low if ways[-1] > 0.02 else near
-            yield self._move(np.r_[there[:2], height], CLOSED, FINE_GAIN)
+            yield self._move(np.r_[there[:2], low if away else carry], CLOSED, FINE_GAIN)
             if held and np.linalg.norm(self.hand - thing) > apart + 0.04:
                 held = False
                 if looks:
                     return
             ways.append(np.linalg.norm((self.hand - held * level * (self.hand - thing) - place)[:2]))
-            waited = waited + 1 if ways[-1] < 0.015 and self.hand[2] < near + 0.02 else 0
+            # it waits, so that a clone decides once more from near there
+            waited = len(ways) >= WAIT and max(ways[-WAIT:]) < 0.015
             # stretched out: lower down it reaches farther
-            if waited == WAIT or len(ways) > 60 and ways[-6] - ways[-1] < 0.002:
+            if waited or len(ways) > 40 and ways[-6] - ways[-1] < 0.002:
                 break
 
         surface = place[2] - (0.03 if goal[2] in self.env.object_sites_dict and goal[0] == "in" else 0)
