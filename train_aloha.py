@@ -13,7 +13,7 @@ Where we depart from the paper, and why: docs/decisions.md.
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers inherit it; the parent sets its own threads below
+os.environ.update(dict(OMP_NUM_THREADS="1", GOMP_SPINCOUNT="1000") | os.environ)  # or idle threads hog cores
 
 import math
 import time

@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers inherit it
+os.environ.update(dict(OMP_NUM_THREADS="1", GOMP_SPINCOUNT="1000") | os.environ)  # or idle threads hog cores
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
