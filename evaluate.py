@@ -141,7 +141,6 @@ def write_film(path, films, fps):
     partial = path.with_suffix(".partial.mp4")
     imageio.mimwrite(partial, np.concatenate(films, 2), fps=fps, macro_block_size=8)
     partial.replace(path)
-    print(f"wrote {path}")
 
 
 def check_ffmpeg():
@@ -255,3 +254,4 @@ if __name__ == "__main__":
                     frames = [result["frames"][i][::every] for result in (before, after)]
                     film = folder / f"{kind}_task{task}_episode{episode}.mp4"
                     write_film(film, workers.render([task] * 2, frames), suite.fps / every)
+                    print(f"{kind}, base | tuned: {film}")

@@ -16,6 +16,7 @@ dimension. Flow matching: Lipman et al., arXiv 2210.02747. This file stands alon
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -103,9 +104,13 @@ class FlowBase(nn.Module):
     def save(self, path):
         """Write weights and header to `path`, in one piece: a reader sees the old file or the new one."""
         tensors = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
-        part = Path(f"{path}.part")
-        part.write_bytes(save(tensors, metadata={"header": json.dumps(self.header)}))
-        part.replace(path)
+        data = save(tensors, metadata={"header": json.dumps(self.header)})
+        part = f"{path}.part"
+        with open(part, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
 
     @classmethod
     def load(cls, path, device="cpu", task=None):

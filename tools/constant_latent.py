@@ -22,7 +22,7 @@ from base import Pi0Options, load_base
 from envs import cloned_tasks, load_suite
 from envs.episodes import play_episodes
 from envs.workers import Workers
-from support.ranks import SIMULATORS
+from support.ranks import SIMULATORS, connect
 from support.flags import parse_args, stop
 from support.logs import rate, write_table
 from support.run_files import make_out_folder
@@ -75,7 +75,7 @@ if __name__ == "__main__":
     pictures = not name.endswith(".safetensors")
     suite = load_suite(shared.suite_of(args.task), shared.task_ids(args.task), pictures)
     shared.check_limits(args, "episodes", 1, len(suite.starts) if "evaluation" in args.states else 10**9)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = connect("auto" if pictures else "cpu")  # a small base gains nothing on a GPU
     base = load_base(name, Pi0Options(), suite, device)
     tasks, out = cloned_tasks(suite, base), args.out or Path(f"results/constant_latent/{args.task}.csv")
     make_out_folder(out.parent)

@@ -24,7 +24,6 @@ from pathlib import Path
 
 import shared  # first: it makes the folder above known
 from envs.aloha import FPS, HORIZON, TASK, Simulator, build, observe, sample_box_poses
-import imageio.v2 as imageio
 import mujoco  # after that, which picks the OpenGL library
 import numpy as np
 from gym_aloha.constants import START_ARM_POSE
@@ -227,10 +226,13 @@ def run(args):
     episodes = [Simulator().render(frames[i][list(MOMENTS) if png else slice(None, None, 2)]) for i in first]
     if png:
         rows = [np.concatenate(list(pictures[:, 60:195]), 1) for pictures in episodes]  # the table only
+        import imageio.v2 as imageio
+
         args.video.parent.mkdir(parents=True, exist_ok=True)
         imageio.imwrite(args.video, np.concatenate(rows)[::2, ::2])
     else:
         write_film(args.video, [np.concatenate(episodes)], FPS // 2)
+    print(f"wrote {args.video}")
 
 
 if __name__ == "__main__":

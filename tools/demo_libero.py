@@ -652,6 +652,7 @@ def run(args):
         simulators = suite.build({k for k, _ in films})
         pictures = [simulators[k].render(frames[::2]) for k, frames in films]
         write_film(args.video, [np.concatenate(pictures)], libero.FPS // 2)
+        print(f"wrote {args.video}")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,9 @@ ROWS |= {row: f"{name}: `{command}`" for row, (name, command) in (PARTS | PEERS)
 
 
 def read_table(path):
-    """The lines of a CSV file as dicts."""
+    """The lines of a CSV file as dicts; none if it is not there."""
+    if not path.exists():
+        return []
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
 
@@ -195,21 +197,27 @@ def constant_latents(path):
 
 def write_tasks(results):
     """summary.md: a row a task; libero/suites.md: a row for every task of the suites; table1.md: our rows of
-    the paper's Table I."""
+    the paper's Table I. Where FPO has not been run there is what constant_latent.py found, and a dash."""
     summary, suites, ours = [], [], []
     for task, (label, pattern, paper) in TASKS.items():
         runs = [evaluations(file) for file in sorted(results.glob(f"{pattern}/eval.csv"))]
         found = constant_latents(results / f"constant_latent/{task}.csv")
-        base, zero, tuned, steps = zip(*map(played, runs))
-        ours.append([np.mean(shares(counts)) for counts in (base, zero, tuned)])
-        cells = [f"{value:.1f} %" for value in ours[-1][:2]]
-        cells += [over_seeds(found["constant"]), over_seeds(found["best"]), f"**{over_seeds(tuned)}**"]
+        base, zero, tuned, steps = found["base"], found["zero"], [], ["–"]
+        if runs:
+            base, zero, tuned, steps = zip(*map(played, runs))
+        ours.append([np.mean(shares(counts)) if counts else np.nan for counts in (base, zero, tuned)])
+        if not base:
+            continue
+        cells = *(f"{value:.1f} %" for value in ours[-1][:2]), over_seeds(found["constant"])
+        fpo = f"**{over_seeds(tuned)}**" if tuned else "–"
         still = over_seeds(sum(map(silent, runs), []))
-        summary.append([label, *cells, still, str(len(runs)), steps[0], paper])
+        summary.append(
+            [label, *cells, over_seeds(found["best"]), fpo, still, str(len(runs)), steps[0], paper]
+        )
         if task not in SUITES:
             continue
         tables = [pd.read_csv(file, dtype=dict(task_id=str)) for file in results.glob(f"{pattern}/table.csv")]
-        for (k, name), rows in pd.concat(tables).groupby(["task_id", "task"]):
+        for (k, name), rows in pd.concat(tables).groupby(["task_id", "task"]) if tables else ():
             sums = rows.groupby("policy")[["successes", "episodes"]].sum()  # over the seeds
             pairs = sums.reindex(KINDS, fill_value=0).values
             cells = [f"{100 * good / n:.0f} % of {n:.0f}" if n > 0 else "–" for good, n in pairs]
@@ -220,7 +228,7 @@ def write_tasks(results):
     publish(results / "libero/suites.md", head, suites)
     page = (results / "libero/table1.md").read_text()
     for label, row in zip(("our base", "our base, zero latents", "our base + FPO"), zip(*ours[2:])):
-        row = [f"{value:.1f}" for value in [*row, np.mean(row)]]
+        row = ["–" if np.isnan(value) else f"{value:.1f}" for value in [*row, np.mean(row)]]
         page = re.sub(rf"(?m)^(\| {re.escape(label)} \|) .*$", rf"\1 {' | – | '.join(row)} | – |", page)
     write_atomically(results / "libero/table1.md", page.encode())
 
