@@ -32,14 +32,13 @@ from support.logs import progress_bar, rate, write_table
 KINDS = dict(fixed=(False, True), broken=(True, False), kept=(True, True), failed=(False, False))
 
 
-def latents_of(actor, flow_steps, noise_scale=1.0):
+def latents_of(actor, flow_steps):
     """{policy: latents(s, noise) -> x}: what each sends to the base, given encoded states (n, S) and N(0, I)
-    noise (n, D), of which the tuned actor takes noise_scale times."""
+    noise (n, D). The tuned actor does without noise, as at the end of its training."""
     return {
         "base": lambda s, noise: noise,
         "zero latents": lambda s, noise: 0 * noise,
-        "tuned": lambda s, noise: actor.sample(s, flow_steps, noise=noise_scale * noise),
-        "zero noise": lambda s, noise: actor.sample(s, flow_steps, noise=0 * noise),
+        "tuned": lambda s, noise: actor.sample(s, flow_steps, noise=0 * noise),
     }
 
 
@@ -219,16 +218,16 @@ if __name__ == "__main__":
     device = ranks.connect(args.device)
     base = load_base(base_name, args.pi0, suite, device, steerable=False)
     tasks = cloned_tasks(suite, base)
-    actor, way = None, (None, None)  # way to act: flow steps, noise scale
+    actor, flow_steps = None, None
     names = ["base", "zero latents"] if base.latent_dim else ["base"]
     if saved:
         now = dict(task=suite.name, base_sha256=base.sha256)
         now |= dict(latent_dim=base.latent_dim, chunk_steps=base.chunk_steps)
         check_same(saved, now, args.what, "the checkpoint")
         actor = FlowActor(base.state_dim, base.latent_dim, saved["hidden"]).to(device)
-        way = saved["flow_steps"], saved["noise_scale"]
+        flow_steps = saved["flow_steps"]
         actor.load_state_dict(saved["actor"])
-        names += ["tuned", "zero noise"]
+        names += ["tuned"]
 
     folder = None
     if ranks.RANK == 0:
@@ -237,10 +236,10 @@ if __name__ == "__main__":
     workers = Workers(suite.build, tasks, args.num_workers or ranks.SIMULATORS, base.pictures)
     with clean_end("evaluate.py", folder), workers:
         log = CsvLog(folder / "eval.csv", EPISODES) if ranks.RANK == 0 else None
-        latents, where = latents_of(actor, *way), (tasks, suite.starts[:episodes], suite.limit)
+        latents, where = latents_of(actor, flow_steps), (tasks, suite.starts[:episodes], suite.limit)
         for policy in names:
             who = policy, latents[policy], base
-            trained = saved["env_steps"] if policy in ("tuned", "zero noise") else 0
+            trained = saved["env_steps"] if policy == "tuned" else 0
             results[policy] = evaluate(*who, workers, *where, log, trained, record=args.video)
         print_result(folder, suite.names)
         if args.video and ranks.RANK == 0:  # Fig. 4a, 6: base left, tuned right, from the same initial state

@@ -51,9 +51,8 @@ class Args:
     fresh_latents: int = 8  # latents per state the actor learns from, valued by critics; 0: executed, by GAE
     actor_states: int = 1600  # states of the window, per iteration, whose fresh latents the actor learns from
     actor_choice: int = 4  # candidates a state, drawn by how much the latent matters there; 1: no choice
-    noise_scale: float = 0.7  # c, of the flow's noise when the actor acts; it learns with 1, the paper's
     actor_lr: float = 1e-3  # learning rate of θ (Adam)
-    anneal_lr: bool = True  # let the actor's learning rate fall linearly to 0 over the run
+    anneal: bool = True  # let the learning rate, and the noise to act with, fall linearly to 0 over the run
     critic_lr: float = 3e-3  # learning rate of φ (Adam)
     beta: float = 0.2  # β of Eq. 3, sharpness of the ratio where σ is above its floor
     clip_eps: float = 0.5  # ε of Eq. 4; inf leaves the clip out (Table II)
@@ -62,7 +61,7 @@ class Args:
     num_critics: int = 5  # M, members of the ensemble
     clamp_target: bool = True  # keep the target of Eq. 5 within [0, 1], where the return lies
     shuffle_advantages: bool = False  # permute the advantages: a control that must not learn
-    literal: bool = False  # self-fit 0, fresh-latents 0, td-decisions 1, noise-scale 1, no target clamp, …
+    literal: bool = False  # self-fit 0, fresh-latents 0, td-decisions 1, no target clamp, no anneal, …
     base: str = "weights/aloha.safetensors"  # frozen policy: a file, or a π_0's folder or hub name
     pi0: Pi0Options = field(default_factory=Pi0Options)
     eval_every: int = 150_000  # control steps between evaluations
@@ -104,7 +103,6 @@ if __name__ == "__main__":
     args.device = device.type  # a resumed run stays there: the other device has other random numbers
     args.num_envs = args.num_envs or math.ceil(base.num_envs / len(tasks)) * len(tasks) * ranks.WORLD
     S, D, E, T = base.state_dim, base.latent_dim, args.num_envs, args.rollout_decisions
-    c = args.noise_scale  # x executed and x' come from noise N(0, c² I), x to learn from N(0, I)
     own = ranks.share(E, len(tasks))  # the m environments that this process plays; it learns from all E
     sigma_floor = 1e-8 if args.literal else 2 * args.beta / D
     torch.manual_seed(args.seed)
@@ -118,11 +116,10 @@ if __name__ == "__main__":
     generator = torch.Generator(device).manual_seed(args.seed)  # every draw of training
     draw = dict(generator=generator, device=device)
     iteration, env_steps, recent = 0, 0, deque(maxlen=100)  # recent: success of the last training episodes
-    policies = latents_of(actor, FLOW_STEPS, c)
 
     # ---- run folder; with --resume everything as it was left ----
     made_for = dict(task=suite.name, base_sha256=base.sha256, latent_dim=D, chunk_steps=base.chunk_steps)
-    made_for |= dict(pi0=vars(args.pi0), flow_steps=FLOW_STEPS, noise_scale=c, hidden=len(actor.inp.bias))
+    made_for |= dict(pi0=vars(args.pi0), flow_steps=FLOW_STEPS, hidden=len(actor.inp.bias))
     saved = load_checkpoint(Path(args.resume) / "last.pt", "--resume", made_for) if args.resume else None
     if saved:
         for name, part in learners.items():
@@ -138,8 +135,8 @@ if __name__ == "__main__":
 
         def play(policy, num_episodes):
             """Evaluate on num_episodes starts per task, which training never sees. -> success rate"""
-            steps = env_steps if policy in ("tuned", "zero noise") else 0
-            who, where = (policy, policies[policy], base), (tasks, suite.starts[:num_episodes], suite.limit)
+            who = policy, latents_of(actor, FLOW_STEPS)[policy], base
+            where, steps = (tasks, suite.starts[:num_episodes], suite.limit), env_steps * (policy == "tuned")
             return float(evaluate(*who, workers, *where, logs.episodes, steps)["success"].mean())
 
         @torch.no_grad()
@@ -161,6 +158,8 @@ if __name__ == "__main__":
             if interrupts:
                 raise KeyboardInterrupt
             iteration, steps_before, clock = iteration + 1, env_steps, time.perf_counter()
+            c = 1 - env_steps / args.total_env_steps if args.anneal else 1.0  # of the noise, when it acts
+            actor_adam.param_groups[0]["lr"] = c * args.actor_lr
 
             # ---- rollout phase (lines 3-12); θ_old is θ, for nothing changes it here ----
             rows, episodes = [], []
@@ -246,8 +245,6 @@ if __name__ == "__main__":
             adv = adv.clamp_min(-1)  # bounds un-fitting (not in the paper)
 
             # lines 22-27: the actor, once through its samples
-            to_go = max(0.0, 1 - steps_before / args.total_env_steps) if args.anneal_lr else 1.0
-            actor_adam.param_groups[0]["lr"] = args.actor_lr * to_go
             minibatches = torch.randperm(len(adv), **draw).tensor_split(max(1, len(adv) // MINIBATCH))
             for i in minibatches if iteration > args.critic_warmup else ():  # the critics alone at first
                 cfm = actor.cfm_loss(x_a[i], s_a[i], u[i], eps[i])  # line 23: ℓ_cfm(x | s; θ), (b,)
@@ -289,8 +286,6 @@ if __name__ == "__main__":
             due = last or env_steps // args.eval_every > steps_before // args.eval_every
             if due:
                 scalars["eval/success"] = play("tuned", -(-args.eval_episodes // (1 if last else 2)))
-            if last:
-                play("zero noise", args.eval_episodes)
             logs.write(scalars, env_steps)
             checkpoint = {name: part.state_dict() for name, part in learners.items()}
             checkpoint |= dict(iteration=iteration, env_steps=env_steps, recent=list(recent))

@@ -64,7 +64,7 @@ def parse_args(cls, description):
 def resumed_args(cls, folder, argv=None):
     """The flags of the run in `folder`, of class `cls`, with what the command line (argv, or the program's
     own) changes. Stops at a flag that would change the run. The base may have moved, its checksum is that of
-    the run; a run may be made longer, and with anneal_lr the learning rate then follows the new length."""
+    the run; a run may be made longer, and what falls over a run then follows the new length."""
     path = Path(folder) / "args.json"
     try:
         saved = json.loads(path.read_text())["args"]
@@ -95,7 +95,6 @@ def check_args(args, suite):
         ("seed", lambda v: v < 2**63, "it must be below 2**63"),
         ("self_fit", lambda v: 0 <= v < math.inf, "it must be finite and not negative"),
         ("actor_lr critic_lr beta", lambda v: 0 < v < math.inf, "it must be positive and finite"),
-        ("noise_scale", lambda v: 0 < v <= 1, "give more than 0, and at most 1, all of the noise"),
         ("clip_eps", lambda v: 0 < v < 1 or v == math.inf, "give ε between 0 and 1, or inf for no clip"),
         ("fresh_latents", lambda v: v == 0 or v > 1, "give 2 or more to compare, or 0 for the executed ones"),
     )
@@ -104,7 +103,7 @@ def check_args(args, suite):
             if not possible(getattr(args, name)):
                 stop(f"--{name.replace('_', '-')} is {getattr(args, name)}; {fix}")
     if args.literal:
-        literal = dict(self_fit=0.0, fresh_latents=0, noise_scale=1.0, clamp_target=False, td_decisions=1)
+        literal = dict(self_fit=0.0, fresh_latents=0, td_decisions=1, clamp_target=False, anneal=False)
         given = tyro.cli(type(args), default=replace(args, **literal))  # differs where the command line does
         for name, value in literal.items():
             setattr(args, name, value)
@@ -115,8 +114,8 @@ def check_args(args, suite):
         if getattr(args, name) != getattr(type(args), name):
             flag = f"--{name.replace('_', '-')}"
             stop(f"{flag} is about the states of --fresh-latents, which is 0; leave one of the two out")
-    if args.fresh_latents == 0 and args.noise_scale != 1:  # it would narrow with every update
-        stop(f"--noise-scale is {args.noise_scale}; with --fresh-latents 0 give 1, for all of the noise")
+    if args.fresh_latents == 0 and args.anneal:  # fitted to what it did it would narrow with every update
+        stop("--fresh-latents is 0; give --no-anneal with it, to act with all of the noise")
     if args.num_envs and args.num_envs * args.rollout_decisions < 2:
         one = f"--num-envs {args.num_envs} with --rollout-decisions {args.rollout_decisions}"
         stop(f"{one} makes one sample an iteration; Eq. 3 needs at least 2")

@@ -86,11 +86,11 @@ def rows(path):
         return list(csv.DictReader(file))
 
 
-def checkpoint(folder):
-    """The last checkpoint of a run; its checksum is looked at too."""
+def checkpoint(folder, name="last.pt"):
+    """A checkpoint of a run; its checksum is looked at too."""
     from support.run_files import load_checkpoint
 
-    return load_checkpoint(folder / "last.pt", "--resume")
+    return load_checkpoint(folder / name, "--resume")
 
 
 def assert_same_parameters(one, other):

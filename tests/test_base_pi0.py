@@ -216,7 +216,7 @@ def test_openpis_convention_there_and_back(folders):
 
 # ---- the scripts, on real rendered environments ----
 
-PLAY = [*SMALL, *"--rollout-decisions 2 --eval-episodes 1 --no-anneal-lr".split()]
+PLAY = [*SMALL, *"--rollout-decisions 2 --eval-episodes 1 --no-anneal".split()]
 
 
 def tiny(name, cwd, *flags):

@@ -256,9 +256,7 @@ def test_liberos_pictures_are_those_that_policies_were_trained_on():
 
 def test_ffmpeg_is_looked_for_first(tmp_path, monkeypatch):
     args = types.SimpleNamespace(base="weights/aloha.safetensors")
-    save_checkpoint(
-        tmp_path, dict(task="aloha", env_steps=0, pi0={}, flow_steps=4, noise_scale=0.7, hidden=128), args
-    )
+    save_checkpoint(tmp_path, dict(task="aloha", env_steps=0, pi0={}, flow_steps=4, hidden=128), args)
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "/nowhere")
     result = here("evaluate.py", tmp_path, "last.pt", "--video")
     assert_refused(result, ["--video", "IMAGEIO_FFMPEG_EXE"])

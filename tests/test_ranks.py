@@ -17,7 +17,7 @@ from support import ranks
 # second one acts. Half of 8 rows, and not fewer, are multiplied as the whole is, to the last bit.
 FLAGS = (
     "--num-envs 8 --num-workers 1 --rollout-decisions 5 --critic-warmup 1 --total-env-steps 2000 "
-    "--eval-episodes 8 --eval-every 9999 --critic-steps 20 --actor-states 200 --no-anneal-lr --device cpu"
+    "--eval-episodes 8 --eval-every 9999 --critic-steps 20 --actor-states 200 --no-anneal --device cpu"
 ).split()
 TWO = [sys.executable, *"-m torch.distributed.run --nproc-per-node 2 --max-restarts 1".split()]
 

@@ -54,7 +54,7 @@ def test_writes_what_it_promises(finished):
     assert steps == sorted(set(steps)) and steps[-2] < 1280 <= end <= 1600
     assert {path.name for path in folder.glob("step*.pt")} == {f"step{half:08d}.pt", f"step{end:08d}.pt"}
     assert list(folder.glob("events.out.tfevents.*"))
-    for word in ("base", "zero latents", "tuned", "zero noise", "fixed", "broke", "kept", f"{end:,} steps"):
+    for word in ("base", "zero latents", "tuned", "fixed", "broke", "kept", f"{end:,} steps"):
         assert word in result.stdout, word
     record = json.loads((folder / "args.json").read_text())
     assert record["args"]["seed"] == 1 and record["versions"]["torch"]
@@ -65,7 +65,6 @@ def test_writes_what_it_promises(finished):
     assert [(row["policy"], row["env_steps"], row["episode"]) for row in episodes] == [
         *[("base", "0", "0"), ("base", "0", "1"), ("zero latents", "0", "0"), ("zero latents", "0", "1")],
         *[("tuned", str(half), "0"), ("tuned", str(end), "0"), ("tuned", str(end), "1")],
-        *[("zero noise", str(end), "0"), ("zero noise", str(end), "1")],
     ]
     assert all(int(row["length"]) == HORIZON or row["success"] == "1" for row in episodes)
     last = [
@@ -74,15 +73,17 @@ def test_writes_what_it_promises(finished):
     assert float(metrics[-1]["eval/success"]) == np.mean(last)
 
 
-def test_the_actor_acts_with_a_part_of_its_noise(finished):
-    """In training and when evaluated. An untrained actor returns its noise, of which Eq. 7 with the K = 4 of
-    this run and η = 0.05 makes 0.96 · 1 · 1.04 · 1.05 times as much."""
-    first = checkpoint(finished[0] / "runs" / "whole")["buffer"][0]["x"]
-    assert first.std().item() == pytest.approx(0.7 * 1.048, rel=0.1)
-    policies = latents_of(FlowActor(3, 24), 4, 0.7)
-    noise = torch.randn(5, 24)
-    torch.testing.assert_close(policies["tuned"](torch.zeros(5, 3), noise), 0.7 * noise)
-    assert (policies["zero noise"](torch.zeros(5, 3), noise) == 0).all()
+def test_the_actor_acts_with_ever_less_of_its_noise(finished):
+    """And learns ever more slowly; evaluated it does without. An untrained actor returns its noise, of which
+    Eq. 7 with the K = 4 of this run and η = 0.05 makes 0.96 · 1 · 1.04 · 1.05 times as much."""
+    last = checkpoint(finished[0] / "runs" / "whole")
+    steps = [int(row["charts/env_steps"]) for row in rows(finished[0] / "runs" / "whole" / "metrics.csv")]
+    scales = [1 - before / 1280 for before in [0, *steps][-3:-1]]
+    spread = [batch["x"].std().item() for batch in last["buffer"]]
+    assert spread == pytest.approx([1.048 * scale for scale in scales], rel=0.1)
+    assert last["actor_adam"]["param_groups"][0]["lr"] == pytest.approx(1e-3 * scales[1])
+    tuned = latents_of(FlowActor(3, 24), 4)["tuned"]
+    assert (tuned(torch.zeros(5, 3), torch.randn(5, 24)) == 0).all()
 
 
 # ---- faults ----
@@ -131,7 +132,7 @@ def test_whatever_strikes_a_run_it_ends_as_the_undisturbed_one(finished):
     begun = checkpoint(folder)["iteration"]
     for sign, moment in (
         (signal.SIGINT, lambda: done() == begun + 1),
-        (signal.SIGTERM, lambda: "evaluate zero noise" in log.read_text()),
+        (signal.SIGTERM, lambda: "evaluate tuned" in log.read_text()),
     ):
         process, log = start(cwd, "--resume", "runs/struck")
         wait_until(process, moment)
@@ -264,7 +265,7 @@ def test_a_base_whose_actions_overflow_costs_episodes_and_not_the_evaluation(tmp
 @dataclass
 class Flags:
     beta: float = 0.2
-    anneal_lr: bool = True
+    anneal: bool = True
     total_env_steps: int = 1_600_000
     resume: str | None = None
 
@@ -275,7 +276,7 @@ def test_resume_compares_flags_with_the_run_and_not_with_the_defaults(tmp_path, 
     assert resumed_args(Flags, tmp_path, []) == Flags(0.3, False, 800_000, str(tmp_path))
     longer = resumed_args(Flags, tmp_path, ["--total-env-steps", "1600000"])
     assert longer == Flags(0.3, False, 1_600_000, str(tmp_path))
-    for flags in (["--beta", "0.2"], ["--anneal-lr"]):
+    for flags in (["--beta", "0.2"], ["--anneal"]):
         with pytest.raises(SystemExit) as stopped:
             resumed_args(Flags, tmp_path, flags)
         assert stopped.value.code == 2 and f"{flags[0]} from the run itself" in capsys.readouterr().err
@@ -341,8 +342,7 @@ def beside(finished):
         (["--literal", "--fresh-latents", "8"], ["--fresh-latents is 8", "--literal sets it to 0"]),
         (["--fresh-latents", "0", "--actor-states", "7"], ["--actor-states", "--fresh-latents"]),
         (["--fresh-latents", "1"], ["--fresh-latents is 1", "2 or more"]),
-        (["--fresh-latents", "0"], ["--noise-scale is 0.7", "--fresh-latents 0", "give 1"]),
-        (["--noise-scale", "0"], ["--noise-scale is 0", "more than 0"]),
+        (["--fresh-latents", "0"], ["--fresh-latents is 0", "--no-anneal"]),
         (["--num-envs", "1", "--rollout-decisions", "1"], ["--num-envs 1", "at least 2"]),
         (["--eval-episodes", "1001"], ["--eval-episodes is 1001", "1000"]),
         (["--clip-eps", "1.5"], ["--clip-eps is 1.5", "inf"]),
@@ -362,7 +362,7 @@ def beside(finished):
         (["--resume", "runs/folder"], ["runs/folder/last.pt", "cannot be read"]),
         (["--resume", "runs/former"], ["runs/former/last.pt", "earlier version"]),
         (["--resume", "runs/libero"], ["--resume", "task libero_goal, here it is aloha"]),
-        (["--resume", "runs/whole", "--noise-scale", "1"], ["--noise-scale", "leave that flag out"]),
+        (["--resume", "runs/whole", "--self-fit", "1"], ["--self-fit", "leave that flag out"]),
         (["--resume", "runs/eight"], ["--resume", "flow_steps 8, here it is 4"]),
         (["--resume", "runs/wide"], ["--resume", "hidden 256, here it is 128"]),
         (["--resume", "runs/other"], ["--resume", "another base"]),

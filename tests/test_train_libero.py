@@ -12,9 +12,9 @@ from helpers import ROOT, SMALL, assert_refused, assert_same_parameters, checkpo
 from support.run_files import save_checkpoint
 
 TRAIN = "train_libero.py"
-POLICIES = ("base", "zero latents", "tuned", "zero noise")
+POLICIES = ("base", "zero latents", "tuned")
 SUITE = "--suite libero_spatial --task-ids 0,1,2 --base base.safetensors".split()
-RUN = "--rollout-decisions 2 --eval-episodes 1 --total-env-steps 128 --eval-every 64 --no-anneal-lr".split()
+RUN = "--rollout-decisions 2 --eval-episodes 1 --total-env-steps 128 --eval-every 64 --no-anneal".split()
 
 HEADER = dict(state_dim=59, action_dim=7, latent_dim=6, chunk_steps=16, knots=9, flow_steps=4, hidden=32)
 HEADER |= dict(blocks=1, task="libero_spatial", task_ids=[0, 1])
@@ -45,9 +45,7 @@ def test_writes_what_it_promises(finished):
     episodes = rows(folder / "eval.csv")
     assert [(row["policy"], row["env_steps"], row["task"], row["episode"]) for row in episodes] == [
         (policy, steps, task, "0")
-        for policy, steps in zip(
-            ("base", "zero latents", "tuned", "tuned", "zero noise"), "0 0 64 128 128".split()
-        )
+        for policy, steps in zip((*POLICIES, "tuned"), "0 0 64 128".split())
         for task in "01"
     ]
     assert all(int(row["length"]) == 220 or row["success"] == "1" for row in episodes)  # the official limit
@@ -135,7 +133,7 @@ BUTTER = str(ROOT / "weights" / "libero_90_task56.safetensors")
 )
 def test_bad_input_gets_one_sentence_and_touches_nothing(tmp_path, name, flags, words):
     args = SimpleNamespace(base="weights/libero_goal.safetensors", suite="libero_goal", task_ids=None)
-    content = dict(task="aloha", env_steps=0, pi0={}, flow_steps=4, noise_scale=0.7, hidden=128)
+    content = dict(task="aloha", env_steps=0, pi0={}, flow_steps=4, hidden=128)
     save_checkpoint(tmp_path, content, args)
     (tmp_path / "last.pt").rename(tmp_path / "aloha.pt")
     FlowBase(HEADER).save(tmp_path / "base.safetensors")

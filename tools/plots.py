@@ -132,7 +132,7 @@ def play_run(folder, flag, episodes, record=False):
         paths = [paths[(len(paths) - 1) // 2], paths[-1]] if record else paths
         saved = [load_checkpoint(path, flag) for path in paths]
         made, options = saved[0], Pi0Options(**saved[0]["pi0"])
-        way, hidden = (made["flow_steps"], made["noise_scale"]), made["hidden"]
+        flow_steps, hidden = made["flow_steps"], made["hidden"]
     except (OSError, ValueError, KeyError, IndexError):
         stop(f"{flag} is {folder}, where step*.pt is missing or old; give a finished run's folder")
     pictures = record or not made["base"].endswith(".safetensors")
@@ -143,7 +143,7 @@ def play_run(folder, flag, episodes, record=False):
     actor = FlowActor(base.state_dim, base.latent_dim, hidden).to(base.device)
     starts = suite.starts[: -(-episodes // len(tasks))]
     with Workers(suite.build, tasks, SIMULATORS, base.pictures) as workers:
-        latents, where = latents_of(actor, *way), (base, workers, tasks, starts, suite.limit)
+        latents, where = latents_of(actor, flow_steps), (base, workers, tasks, starts, suite.limit)
         results = [dict(evaluate("base", latents["base"], *where, record=record), env_steps=0)]
         for content in saved:
             actor.load_state_dict(content["actor"])

@@ -6,7 +6,6 @@
 import csv
 import json
 import re
-import warnings
 
 from shared import ROOT  # first: it makes the folder above known
 import numpy as np
@@ -27,7 +26,7 @@ TASKS = dict(  # task: its name, folders of its seeds, the paper's π_0-FPO
     libero_10=("LIBERO-Long", "libero/libero_10_seed*", "65.3 %"),
 )
 SUITES = [*TASKS][2:]
-KINDS = ["base", "zero latents", "tuned", "zero noise"]
+KINDS = ["base", "zero latents", "tuned"]
 ROWS = {"": "FPO", "long": "FPO, `--total-env-steps 1600000 --eval-every 400000`"}
 ROWS |= {row: f"{name}: `{command}`" for row, (name, command) in (PARTS | PEERS).items()}
 
@@ -61,13 +60,8 @@ def count(episodes):
 
 def played(run):
     """Counts of base, zero latents and tuned actor, its last; and when that was."""
-    base, last = run["base", 0], [key for key in run if key[0] == "tuned"][-1]
+    base, last = run["base", 0], [key for key in run if key[0].startswith("tuned")][-1]
     return *map(count, (base, run["zero latents", 0], run[last])), f"{last[1] / 1e6:.2f} M"
-
-
-def silent(run):
-    """Counts of the last evaluation from zero noise, of SAC with its mean latent; [] if there is none."""
-    return [count(run[key]) for key in run if key[0] in ("zero noise", "tuned mean")][-1:]
 
 
 def shares(counts):
@@ -136,9 +130,9 @@ def write_rows(path, folders):
         to_90, late, norm, minutes = zip(*map(training, paths))
         each = ", ".join(f"{share:.1f}" for share in shares(tuned))
         numbers = ", ".join(to_90), ", ".join(f"{x:.1f}" for x in late), f"{np.mean(norm):.1f}"
-        cells = ROWS[row], steps[-1], f"**{over_seeds(tuned)}**", each, over_seeds(sum(map(silent, runs), []))
+        cells = ROWS[row], steps[-1], f"**{over_seeds(tuned)}**", each
         rows.append([*cells, *numbers, f"{np.mean(minutes):.0f}"])
-    head = "run | steps | last evaluation | its seeds | from zero noise | 90 of 100 after, k steps"
+    head = "run | steps | last evaluation | its seeds | 90 of 100 after, k steps"
     base, zero = (" or ".join(over_seeds([counts]) for counts in found) for found in (bases, zeros))
     text = f"Base {base}, zero latents {zero}."
     publish(path, f"{head} | last quarter of training, % | norm | minutes", rows, "", text)
@@ -167,13 +161,12 @@ def write_peers(path):
             ends.append(shares(counts))
         if n := min(map(len, ends)):
             scores[ROWS[row]] = np.array([end[:n] for end in ends]).T  # (seeds, tasks)
-    warnings.simplefilter("ignore", FutureWarning)  # rliable's random_state has another name in arch
-    draws = dict(reps=1000, random_state=np.random.RandomState(0))
+    np.random.seed(0)  # what rliable draws from
     mean, within = library.get_interval_estimates(
-        scores, lambda x: np.array([metrics.aggregate_iqm(x)]), **draws
+        scores, lambda x: np.array([metrics.aggregate_iqm(x)]), reps=1000
     )
     pairs = {name: (score, scores["FPO"]) for name, score in scores.items() if name != "FPO"}
-    better, among = library.get_interval_estimates(pairs, metrics.probability_of_improvement, **draws)
+    better, among = library.get_interval_estimates(pairs, metrics.probability_of_improvement, reps=1000)
     rows = []
     for name, score in scores.items():
         low, high = within[name].ravel()
@@ -210,10 +203,7 @@ def write_tasks(results):
             continue
         cells = *(f"{value:.1f} %" for value in ours[-1][:2]), over_seeds(found["constant"])
         fpo = f"**{over_seeds(tuned)}**" if tuned else "–"
-        still = over_seeds(sum(map(silent, runs), []))
-        summary.append(
-            [label, *cells, over_seeds(found["best"]), fpo, still, str(len(runs)), steps[0], paper]
-        )
+        summary.append([label, *cells, over_seeds(found["best"]), fpo, str(len(runs)), steps[0], paper])
         if task not in SUITES:
             continue
         tables = [pd.read_csv(file, dtype=dict(task_id=str)) for file in results.glob(f"{pattern}/table.csv")]
@@ -222,9 +212,9 @@ def write_tasks(results):
             pairs = sums.reindex(KINDS, fill_value=0).values
             cells = [f"{100 * good / n:.0f} % of {n:.0f}" if n > 0 else "–" for good, n in pairs]
             suites.append([label, k, name.replace("_", " "), *cells])
-    head = "task | base | zero latents | constant latent | best of 16 | FPO | from zero noise | seeds | steps"
+    head = "task | base | zero latents | constant latent | best of 16 | FPO | seeds | steps"
     publish(results / "summary.md", f"{head} | paper, π_0-FPO", summary)
-    head = "suite | | task | base | zero latents | tuned | from zero noise"
+    head = "suite | | task | base | zero latents | tuned"
     publish(results / "libero/suites.md", head, suites)
     page = (results / "libero/table1.md").read_text()
     for label, row in zip(("our base", "our base, zero latents", "our base + FPO"), zip(*ours[2:])):

@@ -161,7 +161,7 @@ class Run:
     @property
     def to_go(self):
         """The share of the run that lies ahead."""
-        return 1 - self.env_steps / self.args.total_env_steps
+        return max(0.0, 1 - self.env_steps / self.args.total_env_steps)
 
     @property
     def due(self):

@@ -145,5 +145,4 @@ if __name__ == "__main__":
             torch.set_num_threads(1)
             x = rollout["points"][:, :, 0].flatten(0, 1)
             run.log(x, infos, lambda s, noise: noise)
-        run.evaluate("zero noise", lambda s, noise: 0 * noise)
         run.print_result()

@@ -36,7 +36,7 @@ from support.flags import parse_args
 # as in the train scripts
 FLOW_STEPS, CRITIC_BATCH, TAU, ROLLOUT_DECISIONS, WINDOW, WARMUP = 4, 128, 0.05, 5, 80, 4
 CRITIC_STEPS, TD_DECISIONS, NUM_CRITICS, CRITIC_LR = 160, 10, 5, 3e-3
-ACTOR_STATES, ACTOR_CHOICE, FRESH_LATENTS, NOISE_SCALE = 1600, 4, 8, 0.7
+ACTOR_STATES, ACTOR_CHOICE, FRESH_LATENTS = 1600, 4, 8
 CLONED = 2000  # of executed latents
 LOSSES = ("losses/actor", "losses/critic", "losses/cfm_loss", "losses/clip_fraction")
 
@@ -108,13 +108,13 @@ if __name__ == "__main__":
     critic_adam = torch.optim.Adam(critic.parameters(), CRITIC_LR, fused=True)
     generator = torch.Generator(device).manual_seed(args.seed)
     buffer, iteration = TrajectoryBuffer(WINDOW), 0
-    c = 1.0 if args.update == "cloning" else NOISE_SCALE  # fitted to itself it would narrow
-    policies = latents_of(actor, FLOW_STEPS, c)
 
     with shared.clean_end(), Workers(suite.build, suite.tasks, args.num_workers) as workers:
         run = shared.Run(args, suite, base, workers, f"{args.update}_{args.task}", LOSSES)
         while run.to_go > 0:
             actor_adam.param_groups[0]["lr"] = args.actor_lr * (run.to_go if args.anneal_lr else 1)
+            # of the noise, when it acts; an actor that is fitted to what it did would narrow
+            c = 1.0 if args.update == "cloning" else run.to_go
             iteration, rows = iteration + 1, []
 
             # ---- rollout ----
@@ -163,6 +163,5 @@ if __name__ == "__main__":
                 actor_adam.step()
                 infos.append([v.item() for v in (loss, loss_critic / NUM_CRITICS, *info)])
             torch.set_num_threads(1)
-            run.log(torch.cat([row["x"] for row in rows]), infos, policies["tuned"])
-        run.evaluate("zero noise", policies["zero noise"])
+            run.log(torch.cat([row["x"] for row in rows]), infos, latents_of(actor, FLOW_STEPS)["tuned"])
         run.print_result()

@@ -167,7 +167,6 @@ if __name__ == "__main__":
                 infos.append([part.item() for part in parts])
             torch.set_num_threads(1)
             if run.due or decisions % (10 * E) == 0:
-                run.log(torch.cat(latents), infos, lambda s, noise: actor(s, noise)[0])
+                run.log(torch.cat(latents), infos, lambda s, noise: actor.mode(s))  # not the entropy's noise
                 latents, infos = [], []
-        run.evaluate("tuned mean", lambda s, noise: actor.mode(s))  # without the noise that the entropy keeps
         run.print_result()
