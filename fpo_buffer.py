@@ -41,14 +41,5 @@ class TrajectoryBuffer:
         """One field, oldest first, (W T E, …): E rows on is an environment's next decision."""
         return torch.cat([iteration[name].flatten(0, 1) for iteration in self.iterations])
 
-    def trajectories(self, values):
-        """One value a sample, in the order of `flat`, as trajectories side by side. (W T E,) -> (T, W E)."""
-        T, E = next(iter(self.iterations[0].values())).shape[:2]
-        return values.view(-1, T, E).transpose(0, 1).flatten(1)
-
-    def samples(self, values):
-        """Inverse of `trajectories`. (T, W E) -> (W T E,), in the order of `flat`."""
-        return values.unflatten(1, (len(self), -1)).transpose(0, 1).flatten()
-
     def __len__(self):
         return len(self.iterations)

@@ -130,8 +130,8 @@ def q_of_latents(critic, s, x_fresh):
 def fresh_value(critic, s, x_fresh):
     """V(s) = mean_j min_i Q_φi(s, x̃_j) over J fresh latents x̃_j ~ π_θ(· | s).
 
-    s: (B, S), x_fresh: (B, J, D) -> (B,). With the stored latent V(s) would equal Q(s, x), and at Q = Q^π no
-    advantage would be left.
+    s: (B, S), x_fresh: (B, J, D) -> (B,). With the stored latent V(s) would equal Q(s, x), and at Q = Q^π
+    advantages would be 0 on average.
     """
     return q_of_latents(critic, s, x_fresh).min(0).values.mean(1)
 
@@ -152,7 +152,7 @@ def latent_advantage(critic, s, x_fresh, floor=0.05):
 def draw_states(critic, s, pair, num, generator=None):
     """Draw states in proportion to |Q(s, x̃_1) - Q(s, x̃_2)|: those at which the choice of a latent decides.
 
-    s: (B, S), pair: (B, 2, D), two fresh latents each -> the numbers of num different rows, num <= B. Q is
+    s: (B, S), pair: (B, 2, D), two fresh latents each -> the indices of num different rows, num <= B. Q is
     the mean of the ensemble. Without replacement: no row is over-sampled by more than B/num.
     So a state counts by how far its latents differ in Q, which `latent_advantage` divides out.
     """
@@ -164,7 +164,7 @@ def draw_states(critic, s, pair, num, generator=None):
 def gae(r, v, v_next, discount, terminated, ended, gae_lambda):
     """Generalized advantage estimation over decisions (Algorithm 1, line 26).
 
-    All, and Â, (T, W E): T decisions, one after the other, in each column.
+    All, and Â, (T, E): T decisions, one after the other, in each column.
 
         δ_t = r_t + γ^h' (1 - terminated_t) V(s_{t+1}) - V(s_t),   Â_t = δ_t + γ^h' λ (1 - ended_t) Â_{t+1}
 

@@ -22,8 +22,8 @@ def ratio_from_cfm(delta, beta, sigma_floor):
 
     Read literally, "stop gradients through ρ" leaves no gradient at all: here they stop at μ and σ only.
     At θ = θ_old Δ is 0, up to rounding, and z is 0/0, so σ is at least sigma_floor. At a floor of 2β/D
-    ρ is exp(½ D (Δ - μ)), and D Δ, summed over the dimensions of x, is about twice the log ratio of two
-    unit Gaussians.
+    ρ is exp(½ D (Δ - μ)), and D Δ, summed over the dimensions of x, is on average π/2 times the log ratio
+    of two unit Gaussians.
     """
     mu, sigma = delta.detach().mean(), delta.detach().std(correction=0).clamp_min(sigma_floor)
     return torch.exp(beta * (delta - mu) / sigma), sigma
@@ -44,14 +44,13 @@ def fpo_loss(cfm, cfm_init, adv, beta, clip_eps, sigma_floor):
         )
     delta = cfm_init - cfm  # Eq. 2: positive where the actor now fits the sample better
     rho, sigma = ratio_from_cfm(delta, beta, sigma_floor)  # Eq. 3
-    surrogate = torch.min(rho * adv, rho.clamp(1 - clip_eps, 1 + clip_eps) * adv)  # Eq. 4
-    loss = -surrogate.mean()
+    plain, clipped = rho * adv, rho.clamp(1 - clip_eps, 1 + clip_eps) * adv
+    loss = -torch.min(plain, clipped).mean()  # Eq. 4
     with torch.no_grad():
-        outside = ((adv > 0) & (rho > 1 + clip_eps)) | ((adv < 0) & (rho < 1 - clip_eps))
         info = dict(
             slope=beta / sigma,
             surrogate=loss.detach(),
-            clip_fraction=outside.float().mean(),
+            clip_fraction=(clipped < plain).float().mean(),
             floor_share=(sigma <= sigma_floor).float(),  # 1: z is divided by the floor, 0: by σ
             cfm_loss=cfm.mean(),
         )

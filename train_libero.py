@@ -32,7 +32,7 @@ CRITIC_BATCH = 128  # transitions of one gradient step of the critics
 TAU = 0.05  # Polyak step of the target critics, not the τ of Eq. 7
 EXPLORE_ETA = 0.05  # η of Eq. 7
 NUM_DRAWS = 2  # N, draws of (u, ε) behind every CFM loss
-MINIBATCH = 512  # samples of one gradient step of the actor, at least
+MINIBATCH = 512  # samples of one gradient step of the actor, or a few more
 GAE_LAMBDA = 0.95  # λ of GAE, per decision; for --fresh-latents 0
 VALUE_LATENTS = 4  # fresh latents per state behind V(s); for --fresh-latents 0
 
@@ -65,7 +65,7 @@ class Args:
     num_critics: int = 5  # M, members of the ensemble
     clamp_target: bool = True  # keep the target of Eq. 5 within [0, 1], where the return lies
     shuffle_advantages: bool = False  # permute the advantages: a control that must not learn
-    literal: bool = False  # self-fit 0, fresh-latents 0, td-decisions 1, no target clamp, no anneal, …
+    literal: bool = False  # the paper's words: self-fit 0, fresh-latents 0, td-decisions 1, no anneal, …
     base: str | None = None
     """frozen policy: weights/<suite>.safetensors if left out; a π_0's folder or hub name"""
     pi0: Pi0Options = field(default_factory=Pi0Options)
@@ -149,7 +149,7 @@ if __name__ == "__main__":
         def play(policy, num_episodes):
             """Evaluate on num_episodes starts per task, which training never sees. -> success rate"""
             who = policy, latents_of(actor, FLOW_STEPS)[policy], base
-            where, steps = (tasks, suite.starts[:num_episodes], suite.limit), env_steps * (policy == "tuned")
+            where, steps = (tasks, suite.starts[:num_episodes], suite.limit), env_steps
             return float(evaluate(*who, workers, *where, logs.episodes, steps)["success"].mean())
 
         @torch.no_grad()
@@ -212,7 +212,7 @@ if __name__ == "__main__":
             torch.set_num_threads(min(ranks.CPUS, 4))
             w = {k: buffer.flat(k) for k in batch}  # the window, (W T E, …)
             size, critic_losses, infos = len(w["r"]), [], []
-            # lines 17-18: x' as in the rollout, (W T E, D), once for all critic steps, in which θ rests
+            # lines 17-18: x' with the rollout's noise, (W T E, D), once for all critic steps: θ rests in them
             w["x_next"] = actor.sample(w["s_next"], FLOW_STEPS, noise=c * torch.randn(size, D, **draw))
             within = (0, 1) if args.clamp_target else None  # the return lies there: one reward of at most 1
             # n decisions at once, uncorrected: a reward at an episode's end soon reaches its start
@@ -234,28 +234,27 @@ if __name__ == "__main__":
                 # where any latent will do, the critics' errors would drown the states where it decides
                 s_c = s_c[draw_states(critic, s_c, pair, args.actor_states, generator)]
                 s_a = s_c.repeat_interleave(args.fresh_latents, 0)
-                x_a = actor.sample(s_a, FLOW_STEPS, generator)
+                x_a = actor.sample(s_a, FLOW_STEPS, generator)  # of its whole law, which ℓ_cfm is about
                 adv = latent_advantage(critic, s_c, x_a.view(len(s_c), -1, D)).flatten()
                 u, eps = draw_flow_noise(len(x_a), NUM_DRAWS, D, generator, device)
                 cfm_init = loss_of_old(x_a, s_a, u, eps)  # line 10, for these
-            else:  # the paper's: executed latents (W T E, …), valued by GAE along the T decisions, (T, W E)
+            else:  # the paper's: executed latents (W T E, …), valued by GAE along the window, (W T, E)
                 s_a, x_a, u, eps, cfm_init = w["s"], w["x"], w["u"], w["eps"], w["cfm_init"]
                 both = torch.cat([w["s"], w["s_next"]]).repeat_interleave(VALUE_LATENTS, 0)
                 x_s, x_s_next = actor.sample(both, FLOW_STEPS, generator).view(2, size, VALUE_LATENTS, D)
-                # V from fresh latents: with the stored one V(s) is Q(s, x), which leaves no advantage
+                # V from fresh latents: with the stored one V(s) is Q(s, x), whose advantage is 0 on average
                 w["value_next"] = fresh_value(critic, w["s_next"], x_s_next)
+                x_s = w["x"][:, None] if args.literal else x_s  # Sec. III-B c: "reuse stored latents"
                 w["value"] = fresh_value(critic, w["s"], x_s)
-                if args.literal:  # Sec. III-B c: "reuse stored latents"
-                    w["value"] = critic(w["s"], w["x"]).min(0).values.detach()
                 columns = "r", "value", "value_next", "discount", "terminated", "ended"
-                r, value, value_next, *rest = (buffer.trajectories(w[k]) for k in columns)
-                # one V a state, so that δ telescopes, but for the last s' of an episode or iteration
-                value_next[:-1] = torch.where(rest[-1][:-1] > 0, value_next[:-1], value[1:])
-                adv = buffer.samples(gae(r, value, value_next, *rest, GAE_LAMBDA))
+                r, value, value_next, *rest, ended = (w[k].view(-1, E) for k in columns)
+                # one V a state, so that δ telescopes, but for the last s' of an episode
+                value_next[:-1] = torch.where(ended[:-1] > 0, value_next[:-1], value[1:])
+                adv = gae(r, value, value_next, *rest, ended, GAE_LAMBDA).flatten()
                 adv = (adv - adv.mean()) / (adv.std(correction=0) + 1e-4)  # the paper does it per minibatch
             if args.shuffle_advantages:
                 adv = adv[torch.randperm(len(adv), **draw)]
-            adv = adv.clamp_min(-1)  # bounds un-fitting (not in the paper)
+            adv = adv if args.literal else adv.clamp_min(-1)  # bounds un-fitting (not in the paper)
 
             # lines 22-27: the actor, once through its samples
             minibatches = torch.randperm(len(adv), **draw).tensor_split(max(1, len(adv) // MINIBATCH))
