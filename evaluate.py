@@ -24,7 +24,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from base import Pi0Options
+from base import Pi0Options, is_pi0
 from support.flags import RANK, parse_args, stop
 from support.logs import progress_bar, rate, write_table
 
@@ -208,7 +208,7 @@ if __name__ == "__main__":
     elif args.base:
         stop(f"--base is {args.base}, but {args.what} is a base already; leave one of the two out")
     base_name = (args.base or saved["base"]) if saved else args.what
-    pictures = args.video or not base_name.endswith(".safetensors")
+    pictures = args.video or is_pi0(base_name)
     suite = load_suite(args.suite, args.task_ids, pictures)
     episodes = args.episodes or suite.num_episodes
     if episodes > len(suite.starts):

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from base import Pi0Options
+from base import Pi0Options, is_pi0
 from support.flags import check_args, parse_args
 
 GAMMA = 0.999  # γ of Eq. 1, per control step
@@ -92,7 +92,7 @@ if __name__ == "__main__":
     from support.logs import RunLogs, check_finite, mean, steps_bar
     from support.run_files import clean_end, load_checkpoint, run_folder, save_checkpoint
 
-    suite = load_suite("aloha", pictures=not args.base.endswith(".safetensors"))
+    suite = load_suite("aloha", pictures=is_pi0(args.base))
     check_args(args, suite)  # --literal sets its flags here
     torch.set_num_threads(1)  # more in the update only: they would take cores from the simulators
 

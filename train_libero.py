@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from base import Pi0Options
+from base import Pi0Options, is_pi0
 from support.flags import check_args, parse_args
 
 GAMMA = 0.999  # γ of Eq. 1, per control step
@@ -69,7 +69,7 @@ class Args:
     base: str | None = None
     """frozen policy: weights/<suite>.safetensors if left out; a π_0's folder or hub name"""
     pi0: Pi0Options = field(default_factory=Pi0Options)
-    eval_every: int | None = None  # steps between evaluations; if left out 50 000, 100 000
+    eval_every: int | None = None  # steps between evaluations; if left out half of the default run
     eval_episodes: int = 50  # a task, of the first and the last evaluation; those between play half of them
     track: bool = False  # send the scalars to Weights & Biases too; with WANDB_MODE=offline they stay here
     run_name: str | None = None  # folder below runs/; <task>__seed<seed>__<time> if left out
@@ -97,14 +97,12 @@ if __name__ == "__main__":
     from support.logs import RunLogs, check_finite, mean, steps_bar
     from support.run_files import clean_end, load_checkpoint, run_folder, save_checkpoint
 
-    suite = load_suite(
-        args.suite, args.task_ids, pictures=not (args.base or ".safetensors").endswith(".safetensors")
-    )
+    suite = load_suite(args.suite, args.task_ids, pictures=bool(args.base) and is_pi0(args.base))
     several = len(suite.tasks) > 1
     if args.total_env_steps is None:
         args.total_env_steps = 300_000 if several else 100_000
     if args.eval_every is None:
-        args.eval_every = 100_000 if several else 50_000
+        args.eval_every = 150_000 if several else 50_000
     args.base = args.base or f"weights/{suite.name}.safetensors"
     check_args(args, suite)  # --literal sets its flags here
     torch.set_num_threads(1)  # more in the update only: they would take cores from the simulators

@@ -20,12 +20,17 @@ class Pi0Options:
     """the policy comes from openpi, whose ALOHA has other signs of joints and gripper units"""
 
 
+def is_pi0(name):
+    """Whether a base of this name is a π_0, which looks through cameras, not a file of a flow policy."""
+    return not str(name).endswith(".safetensors")
+
+
 def load_base(name, options, suite, device, steerable=True):
     """The base in `name`: a .safetensors file of a flow policy for `suite`, or the folder or hub name of a
     π_0 that sees through the cameras of `suite`. A file that is not here is looked for beside the scripts.
     Stops with one sentence if it is not there, not sound, for another task, or has no noise to choose."""
     try:
-        if str(name).endswith(".safetensors"):
+        if not is_pi0(name):
             from base.flow import FlowBase
 
             for field, value in vars(options).items():

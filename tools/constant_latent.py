@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from base import Pi0Options, load_base
+from base import Pi0Options, is_pi0, load_base
 from envs import cloned_tasks, load_suite
 from envs.episodes import play_episodes
 from envs.workers import Workers
@@ -72,7 +72,7 @@ if __name__ == "__main__":
     if args.per_task if args.task == "aloha" else args.per_place:
         stop(f"--task is {args.task}; --per-task is for LIBERO, --per-place for aloha")
     name = args.base or f"weights/{args.task}.safetensors"
-    pictures = not name.endswith(".safetensors")
+    pictures = is_pi0(name)
     suite = load_suite(shared.suite_of(args.task), shared.task_ids(args.task), pictures)
     shared.check_limits(args, "episodes", 1, len(suite.starts) if "evaluation" in args.states else 10**9)
     device = connect("auto" if pictures else "cpu")  # a small base gains nothing on a GPU

@@ -120,7 +120,7 @@ def draw_ablations(out):
 def play_run(folder, flag, episodes, record=False):
     """Evaluation episodes with the base and with the actors of a run's checkpoints; `record`: of one
     half way and the last, with frames. -> suite, results of evaluate() with env_steps"""
-    from base import Pi0Options, load_base
+    from base import Pi0Options, is_pi0, load_base
     from envs import cloned_tasks, load_suite
     from envs.workers import Workers
     from evaluate import evaluate, latents_of
@@ -135,7 +135,7 @@ def play_run(folder, flag, episodes, record=False):
         flow_steps, hidden = made["flow_steps"], made["hidden"]
     except (OSError, ValueError, KeyError, IndexError):
         stop(f"{flag} is {folder}, where step*.pt is missing or old; give a finished run's folder")
-    pictures = record or not made["base"].endswith(".safetensors")
+    pictures = record or is_pi0(made["base"])
     suite = load_suite(made["suite"] or "aloha", made["task_ids"], pictures)
     base = load_base(made["base"], options, suite, connect("auto"))
     check_same(made, dict(base_sha256=base.sha256), folder, flag)

@@ -101,15 +101,14 @@ def start_baseline(args):
     from base import Pi0Options, load_base
     from support.ranks import connect
 
-    steps, every, episodes = (100_000, 50_000, 50) if "_task" in args.task else (300_000, 100_000, 50)
-    if args.task == "aloha":
-        every, episodes = 150_000, 200
-    fill_in(args, total_env_steps=steps, eval_every=every, eval_episodes=episodes)
+    steps = 100_000 if "_task" in args.task else 300_000  # and the others, as in the train scripts
+    fill_in(args, total_env_steps=steps, eval_every=steps // 2)
     check_limits(args, "total_env_steps num_envs num_workers minibatch_size eval_every", 1)
     check_limits(args, "updates actor_lr", 1e-9)
     check_limits(args, "seed", 0, 2**63 - 1)
     check_device(args.device)
     suite = load_suite(suite_of(args.task), task_ids(args.task))
+    fill_in(args, eval_episodes=suite.num_episodes)
     check_limits(args, "eval_episodes", 1, len(suite.starts))
     torch.set_num_threads(1)  # more for updates only: waiting threads spin, and take the workers' cores
     base = load_base(f"weights/{args.task}.safetensors", Pi0Options(), suite, connect(args.device))
