@@ -27,6 +27,7 @@ TASKS = dict(  # task: its name, folders of its seeds, the paper's π_0-FPO
 )
 SUITES = [*TASKS][2:]
 KINDS = ["base", "zero latents", "tuned"]
+SILENT = {"zero noise": "tuned", "tuned mean": "tuned"}  # older runs played the actor with noise, then so
 ROWS = {"": "FPO", "long": "FPO, `--total-env-steps 1600000 --eval-every 400000`"}
 ROWS |= {row: f"{name}: `{command}`" for row, (name, command) in (PARTS | PEERS).items()}
 
@@ -44,7 +45,8 @@ def evaluations(path):
     run = {}
     for row in read_table(path):
         episode = row.get("task") or row.get("task_id"), row["episode"]
-        run.setdefault((row["policy"], int(row["env_steps"])), {})[episode] = int(row["success"])
+        policy = SILENT.get(row["policy"], row["policy"])
+        run.setdefault((policy, int(row["env_steps"])), {})[episode] = int(row["success"])
     return run
 
 
@@ -60,7 +62,7 @@ def count(episodes):
 
 def played(run):
     """Counts of base, zero latents and tuned actor, its last; and when that was."""
-    base, last = run["base", 0], [key for key in run if key[0].startswith("tuned")][-1]
+    base, last = run["base", 0], [key for key in run if key[0] == "tuned"][-1]
     return *map(count, (base, run["zero latents", 0], run[last])), f"{last[1] / 1e6:.2f} M"
 
 
@@ -207,6 +209,7 @@ def write_tasks(results):
         if task not in SUITES:
             continue
         tables = [pd.read_csv(file, dtype=dict(task_id=str)) for file in results.glob(f"{pattern}/table.csv")]
+        tables = [t.replace(SILENT).drop_duplicates(["task_id", "policy"], keep="last") for t in tables]
         for (k, name), rows in pd.concat(tables).groupby(["task_id", "task"]) if tables else ():
             sums = rows.groupby("policy")[["successes", "episodes"]].sum()  # over the seeds
             pairs = sums.reindex(KINDS, fill_value=0).values
