@@ -63,7 +63,7 @@ def count(episodes):
 def played(run):
     """Counts of base, zero latents and tuned actor, its last; and when that was."""
     base, last = run["base", 0], [key for key in run if key[0] == "tuned"][-1]
-    return *map(count, (base, run["zero latents", 0], run[last])), f"{last[1] / 1e6:.2f} M"
+    return *map(count, (base, run["zero latents", 0], run[last])), f"{last[1] // 10_000 / 100:.2f} M"
 
 
 def shares(counts):
