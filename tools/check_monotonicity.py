@@ -4,7 +4,8 @@
 
 The latent space is small, so log π_θ(x | s) can be computed: x is carried back to the noise along the actor's
 own flow, and log π_θ(x | s) = log N(x(0); 0, I) - ∫ ∇·v_θ du (Chen et al. 2018), with the exact divergence.
-After every update of a run Δℓ of Eq. 2 is compared with log π_θ - log π_θold on latents of its rollout:
+After every update of a run Δℓ of Eq. 2 is compared with log π_θ - log π_θold on latents x ~ π_θold at states
+of its rollout:
 Spearman's rank correlation with 2 draws of (u, ε), as many as an update has, and with 256, which tells noise
 from the assumption; and the slope of log π's rise on D/2 · Δℓ.
 """
@@ -27,7 +28,7 @@ from support.flags import parse_args, stop
 from support.run_files import load_checkpoint, make_out_folder
 
 RUNS = dict(defaults="", no_self_fit="--self-fit 0", literal="--literal")
-SAMPLES, ODE_STEPS = 128, 32  # latents an iteration, of 160; Runge-Kutta steps: log π to about 1e-3
+SAMPLES, ODE_STEPS = 128, 32  # latents an iteration; Runge-Kutta steps: log π to about 1e-3
 COLUMNS = "env_steps spearman spearman_many_draws slope cfm_loss".split()
 
 
@@ -56,12 +57,12 @@ def log_density(actor, x, s, steps=ODE_STEPS):
 @torch.no_grad()
 def compare_update(before, after, generator):
     """Δℓ against the change of log π over one update. before, after: consecutive checkpoints. -> a row"""
-    x, s = (after["buffer"][-1][key].flatten(0, 1) for key in ("x", "s"))
-    i = torch.randperm(len(x), generator=generator)[:SAMPLES]
-    x, s = x[i], s[i]
+    s, x = (after["buffer"][-1][key].flatten(0, 1) for key in ("s", "x"))
+    s = s[torch.randperm(len(s), generator=generator)[:SAMPLES]]
     old, new = (FlowActor(s.shape[1], x.shape[1]) for _ in range(2))
     old.load_state_dict(before["actor"])
     new.load_state_dict(after["actor"])
+    x = old.sample(s, before["flow_steps"], generator)
     log_ratio = log_density(new, x, s) - log_density(old, x, s)
     deltas = []  # Eq. 2
     for draws in (2, 256):
