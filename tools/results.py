@@ -161,7 +161,7 @@ def write_peers(path):
         for runs in tasks:
             counts = [played(evaluations(folder / "eval.csv"))[2] for folder in runs.get(row, ())]
             ends.append(shares(counts))
-        if n := min(map(len, ends)):
+        if (n := min(map(len, ends))) > 1:
             scores[ROWS[row]] = np.array([end[:n] for end in ends]).T  # (seeds, tasks)
     np.random.seed(0)  # what rliable draws from
     mean, within = library.get_interval_estimates(
