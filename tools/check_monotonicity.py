@@ -57,9 +57,9 @@ def log_density(actor, x, s, steps=ODE_STEPS):
 @torch.no_grad()
 def compare_update(before, after, generator):
     """Δℓ against the change of log π over one update. before, after: consecutive checkpoints. -> a row"""
-    s, x = (after["buffer"][-1][key].flatten(0, 1) for key in ("s", "x"))
+    s = after["buffer"][-1]["s"].flatten(0, 1)
     s = s[torch.randperm(len(s), generator=generator)[:SAMPLES]]
-    old, new = (FlowActor(s.shape[1], x.shape[1]) for _ in range(2))
+    old, new = (FlowActor(s.shape[1], before["latent_dim"]) for _ in range(2))
     old.load_state_dict(before["actor"])
     new.load_state_dict(after["actor"])
     x = old.sample(s, before["flow_steps"], generator)

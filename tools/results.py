@@ -45,8 +45,7 @@ def evaluations(path):
     run = {}
     for row in read_table(path):
         episode = row.get("task") or row.get("task_id"), row["episode"]
-        policy = SILENT.get(row["policy"], row["policy"])
-        run.setdefault((policy, int(row["env_steps"])), {})[episode] = int(row["success"])
+        run.setdefault((row["policy"], int(row["env_steps"])), {})[episode] = int(row["success"])
     return run
 
 
@@ -62,7 +61,7 @@ def count(episodes):
 
 def played(run):
     """Counts of base, zero latents and tuned actor, its last; and when that was."""
-    base, last = run["base", 0], [key for key in run if key[0] == "tuned"][-1]
+    base, last = run["base", 0], [key for key in run if key[0] == "tuned" or key[0] in SILENT][-1]
     return *map(count, (base, run["zero latents", 0], run[last])), f"{last[1] // 10_000 / 100:.2f} M"
 
 
