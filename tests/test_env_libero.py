@@ -155,7 +155,7 @@ def test_same_actions_same_states_and_success_as_the_stock_environment(
 
 # Pull, put in a drawer, drag, twist, push shut, put inside and swing shut; 15 cm short, it closes on nothing
 @pytest.mark.slow
-@pytest.mark.parametrize("aim", [None, (0.15, -0.25, 5.0, 1.0)])
+@pytest.mark.parametrize("aim", [None, (0.15, 0.3, -0.25, 5.0, 1.0)])
 @pytest.mark.parametrize(
     "suite_name, task_id",
     [*(("libero_goal", k) for k in (0, 3, 5, 7)), *(("libero_10", k) for k in (3, 9))],

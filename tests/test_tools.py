@@ -96,7 +96,7 @@ def test_the_search_for_the_edges_finds_them():
     rng, known = np.random.default_rng(0), {3: [0.012, 0.05], 7: [0.081, 0.033]}
 
     def play(_, tasks, starts, aims, *rest):
-        assert all(wrong == 0 for _, _, wrong, _ in aims)
+        assert all(wrong == 0 for *_, wrong, _ in aims)
         right = [s < known[k][j % 2] for j, (k, (s, *_)) in enumerate(zip(tasks, aims))]
         return [dict(success=good ^ (rng.random() < 0.05)) for good in right]
 
@@ -110,7 +110,7 @@ def test_an_odd_number_of_demonstrations_keeps_their_behaviours_apart(monkeypatc
     import demo_libero
 
     def play(_, tasks, starts, aims, *rest, **description):
-        tilts.extend(tilt for _, tilt, *_ in aims)
+        tilts.extend(tilt for *_, tilt, _, _ in aims)
         arrays = dict(observations=np.zeros((40, 59)), actions=np.zeros((40, 7)), pushed=np.zeros(40, bool))
         return [dict(arrays, success=True, frames=None) for _ in tasks]
 

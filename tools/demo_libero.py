@@ -47,7 +47,7 @@ LEAN = dict(pull=1.3, push=0.7, below=0.5, inside=0.85)
 INTO = dict(microwave=((0.0, 1.0, 0.0), (-0.055, -0.07, -0.061)))
 PLATE_RIM = 0.062  # m from the middle of a plate
 TILTS = (-0.4, 0.0)  # rad, by which the hand leans ahead and back: farther back it hardly grips
-WRONG = 10.0  # centimetres that the reach is led astray for each that the hand starts too high or low
+WRONG = 20.0  # centimetres that the reach is led astray for each that the hand starts too high or low
 POINTS = 3.0  # rad by which it points back for each metre of that, so that its pose shows it on the way
 ROUNDS, CHANCE = 20, 0.08  # of the search for the edges: episodes, and how often one ends by chance
 MARGIN = 0.010  # m that a reach falls less short than the edge found, for the clone is less exact
@@ -61,9 +61,9 @@ class Demonstrator:
     """The script of one episode, a generator of actions: `next(demonstrator.actions)` looks and acts."""
 
     def __init__(self, simulator, aim=None):
-        """aim: how much too short it reaches first (m), how far the hand then points back (rad), how many
-        metres farther it reaches for each that the hand starts too high, as far as the right place or just
-        as far to this side, and the share of all that by which it really misses; None: it reaches rightly."""
+        """aim: how much too short it reaches first, and at most (m), how far the hand then points back (rad),
+        how many metres farther it reaches for each that the hand starts too high, as far as the right place,
+        and the share of all that by which it really misses; None: it reaches rightly."""
         self.sim, self.env, self.data = simulator, simulator.env, simulator.data
         self.aim, self.miss = aim, np.zeros(3)  # miss: from where its grasp should be to where it is (m)
         self.usual = simulator.remembered[4]  # where the hand starts but for the arm's noise
@@ -227,8 +227,8 @@ class Demonstrator:
             return
         ahead = self.turned[:, 1] * [1, 1, 0] / np.linalg.norm(self.turned[:2, 1])
         ahead *= np.sign(ahead @ [1, 0.3, 0])
-        short, tilt, wrong, share = self.aim
-        farther = np.clip(wrong * (self.hand - self.usual)[2], -short, short)  # twice as short, to right
+        short, most, tilt, wrong, share = self.aim
+        farther = np.clip(wrong * (self.hand - self.usual)[2], short - most, short)
         angle = (tilt + POINTS * farther) * np.sign(ahead @ self.turned[:, 1])
         x, y, z = self.turned.T
         z = np.cos(angle) * z - np.sin(angle) * y
@@ -577,7 +577,7 @@ def edges(workers, args, suite):
         share = likely.cumsum(1) / likely.sum(1, keepdims=True)
         median = shorts[(share < 0.5).sum(1)]
         if i < ROUNDS:
-            aims = [(s, TILTS[j % 2], 0.0, 1.0) for j, s in enumerate(median)]
+            aims = [(s, s, TILTS[j % 2], 0.0, 1.0) for j, s in enumerate(median)]
             starts, seeds = [suite.draw_start(rng) for _ in tasks], [[2, args.seed, i]] * n
             results = workers.map(demonstrate, tasks, starts, aims, seeds, [suite.limit] * n)
             held = np.array([bool(result and result["success"]) for result in results])
@@ -595,11 +595,11 @@ def make_demos(args, suite):
     kinds, behaviour = (np.tile(x, len(suite.tasks)) for x in (every, np.arange(len(every)) % 2))
     with Workers(suite.build, suite.tasks, args.workers, timeout=3600) as workers:
         if args.short:
-            short = dict.fromkeys(suite.tasks, [x / 100 for x in args.short])
+            short = dict.fromkeys(suite.tasks, [(x / 100, x / 50) for x in args.short])
         else:
             found = edges(workers, args, suite)
-            short = {k: [max(0, s - MARGIN) for s in pair] for k, pair in found.items()}
-            print("falls short by (cm):", {k: [round(100 * x, 2) for x in pair] for k, pair in short.items()})
+            short = {k: [(max(0, s - MARGIN), 2 * s) for s in pair] for k, pair in found.items()}
+            print("edges (cm):", {k: [round(100 * s, 2) for s in pair] for k, pair in found.items()})
         for k in suite.tasks:
             rng = np.random.default_rng([2, args.seed, k, 0])  # 2: demonstrations; 1 is training
             for i, kind in enumerate(every):
@@ -608,7 +608,7 @@ def make_demos(args, suite):
                 tasks.append(k)
                 starts.append(start)
                 share = rng.uniform(0, HELD) if kind == "held" else 1.0
-                aims.append((short[k][i % 2], TILTS[i % 2], (WRONG, -WRONG)[i % 2], share))
+                aims.append((*short[k][i % 2], TILTS[i % 2], (WRONG, -WRONG)[i % 2], share))
                 seeds.append([2, args.seed, k, i + 1])
         n, limits = len(tasks), [BRIEF if kind == "brief" else suite.limit for kind in kinds]
         films = [args.video is not None and i < 2 for i in range(n)]
