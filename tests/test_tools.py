@@ -74,6 +74,7 @@ def test_each_reach_works_for_a_part_of_the_starts_and_its_clone(tmp_path):
         behaviour, success, length, pushed, actions, seen, whole = (file[name] for name in names)
     assert length.sum() == len(actions) == len(pushed) and list(whole) == 24 * [True] + 10 * [False]
     marked, closed = (np.split(x, np.cumsum(length)[:-1]) for x in (pushed, actions[:, 6] > 0))
+    assert success[32:].all()
     for k in range(34):  # whole, brief, of which the last step is in no chunk, and held, which begin closing
         expected = closed[k].cumsum() == 0 if k >= 32 else np.arange(length[k]) == (37 if k >= 24 else -1)
         assert (marked[k] == expected).all() and (length[k] == 38 or not 24 <= k < 32)

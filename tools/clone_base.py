@@ -5,7 +5,7 @@
     python tools/clone_base.py --task libero_goal --overwrite       # a suite, conditioned on the task
 
 Demonstrations are made first if their file is absent, with the defaults of tools/demo_aloha.py or
-tools/demo_libero.py: of butter/tray 400, of a suite 100 of each task, 300 of their beginning and 100 of what
+tools/demo_libero.py: of butter/tray 400, of a suite 100 of each task, 300 of their beginning and 200 of what
 follows the grasp. So the shipped weights of ALOHA were made; of the others results/libero_bases.md says how.
 At the end the base plays the evaluation episodes, with Gaussian latents and with all latents zero; the
 figures go into the weights' header.
@@ -199,7 +199,7 @@ def make_demos(args):
     suite = shared.suite_of(args.task)
     own = dict(suite=suite, task_ids=shared.task_ids(args.task))
     butter = dict(num_demos=400, short=(4.1, 4.2))  # results/libero_bases.md: found by trials
-    own |= butter if args.task == "libero_90_task56" else dict(num_demos=100, num_brief=300, num_held=100)
+    own |= butter if args.task == "libero_90_task56" else dict(num_demos=100, num_brief=300, num_held=200)
     demo_libero.run(demo_libero.Args(out=args.demos, workers=args.workers, **own))
 
 

@@ -51,9 +51,10 @@ WRONG = 20.0  # centimetres that the reach is led astray for each that the hand 
 POINTS = 3.0  # rad by which it points back for each metre of that, so that its pose shows it on the way
 ROUNDS, CHANCE = 20, 0.08  # of the search for the edges: episodes, and how often one ends by chance
 MARGIN = 0.010  # m that a reach falls less short than the edge found, for the clone is less exact
+HAND, TALL = 0.11, 0.10  # m: half of the hand's breadth, and how far above a place its lower edge is
 WAIT = 12  # control steps above a place before the hand goes down
 BRIEF = 38  # control steps of a brief demonstration: two decisions of 16, begun up to five steps late
-HELD = 0.9  # the most of its miss that the hand has in a demonstration of what follows the grasp
+HELD = 0.5  # the most of its miss that the hand has in a demonstration of what follows the grasp: to the edge
 APART = 0.052  # m from the middle of a place that two objects share
 
 
@@ -92,9 +93,19 @@ class Demonstrator:
         middle, half = (low + high) / 2, (high - low) / 2
         return origin + rotation @ middle, np.abs(rotation) @ half, rotation, half
 
-    def _grasp(self, name, narrow, tries):
-        """Grip point (3,), the direction along which the fingers close, and the height of the top. narrow: of
-        `_narrow`."""
+    def _room(self, point):
+        """Horizontal distance (m) from a point to the nearest fixture that is higher. -> a number"""
+        room = [1.0]
+        for name in self.env.fixtures_dict:
+            if name in self.env.obj_body_id:
+                centre, half, *_ = self._box(name)
+                if centre[2] + half[2] > point[2] + TALL:
+                    room.append(np.linalg.norm(np.maximum(np.abs(point - centre) - half, 0)[:2]))
+        return min(room)
+
+    def _grasp(self, name, place, narrow, tries):
+        """Grip point (3,), the direction along which the fingers close, and the height of the top. place:
+        where the object shall come; narrow: of `_narrow`."""
         category = self.env.objects_dict[name].category_name
         centre, half, rotation, own_half = self._box(name)
         top, bottom = centre[2] + half[2], centre[2] - half[2]
@@ -114,6 +125,9 @@ class Demonstrator:
             if np.linalg.norm((origin + side * RIM[category] * across - self.robot)[:2]) > REACH:
                 # stretched out, the arm does not get where it is told
                 side = 1 if (origin - self.robot)[1] * across[1] < 0 else -1
+            ends = [self._room(place + turn * RIM[category] * across) for turn in (side, -side)]
+            if ends[0] < HAND and ends[1] > ends[0]:  # there the hand would hit a cabinet
+                side = -side
             side = -side if tries % 2 else side
             if narrow is not None and narrow[2] is not None:
                 side = np.sign(across @ narrow[2])
@@ -373,7 +387,7 @@ class Demonstrator:
         """Grasp the object of a goal, carry it and let go; return early where the object was lost."""
         name = goal[1]
         narrow, into = self._narrow(goal), self._into(goal)
-        grip, across, top = self._grasp(name, narrow, tries)
+        grip, across, top = self._grasp(name, self._place(goal), narrow, tries)
         self._turn_to(across)
         if narrow is not None:
             self._lean(narrow[0], across, narrow[1])
@@ -536,7 +550,7 @@ class Args:
     task_ids: str = "all"  # tasks of the suite: numbers with commas, or all
     num_demos: int = 800  # number of demonstrations a task
     num_brief: int = 0  # and of such as end after the first two decisions, without pushes
-    num_held: int = 0  # and of such as miss less, of which only what follows the grasp counts
+    num_held: int = 0  # and of such as miss less: what follows the grasp, of those that succeed
     seed: int = 0  # of placements, behaviours and noise
     short: tuple[float, float] | None = None  # cm its reach falls short, ahead and back; if left out found
     push: float = 0.6  # largest amplitude of the pushes on executed commands; 1 is full speed
@@ -615,9 +629,9 @@ def make_demos(args, suite):
         disturbed = [args.push * (kind != "brief") for kind in kinds]
         jobs = tasks, starts, aims, seeds, limits, [20] * n, disturbed, films
         results = workers.map(demonstrate, *jobs, description="demonstrations")
-    kept = [i for i, result in enumerate(results) if result]
+    kept = [i for i, result in enumerate(results) if result and (kinds[i] != "held" or result["success"])]
     for i in kept:
-        if kinds[i] == "held":  # up to the first step that closes the hand; all of it if none does
+        if kinds[i] == "held":  # up to the first step that closes the hand
             results[i]["pushed"] |= (results[i]["actions"][:, 6] > 0).cumsum() == 0
     columns = {name: [results[i][name] for i in kept] for name in results[kept[0]]}
     demos = {name: np.concatenate(columns[name]) for name in ("observations", "actions", "pushed")}
