@@ -407,6 +407,8 @@ class Demonstrator:
         looks = self.aim is None
         if not looks:
             above[2] = max(above[2], over)
+            if into is not None:  # it leans ahead already
+                self.aim = (*self.aim[:2], -self.aim[2], *self.aim[3:])
             yield from self._come(above)
         for _ in range(70 * looks):
             far = np.linalg.norm((self.hand - grip)[:2]) > 0.05
@@ -421,6 +423,8 @@ class Demonstrator:
                 break
         yield from self._reach(grip, CLOSED, 11, 0)
         lift, held, self.miss = lift + self.miss, True, np.zeros(3)
+        if narrow is not None:
+            self._lean(narrow[0], across, narrow[1])  # as it entered
 
         place = self._place(goal)
         centre, half, *_ = self._box(name)
